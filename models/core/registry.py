@@ -1,0 +1,280 @@
+"""Which systems have code, under which names, and how a name becomes a configuration or a model.
+
+Every system's file ends with `register(CARD, VARIANTS, ...)`. Nothing scans folders at run time:
+`index.json`, which `python -m zoo.catalogue` writes, says in which module a system lives, so that
+one name imports one module.
+"""
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib.resources import files
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from zoo.models.core.card import Card, kinds, nearest, system, systems
+from zoo.models.core.config import ModelConfig
+from zoo.models.core.errors import UsageError
+
+if TYPE_CHECKING:
+    import flax.linen as nn
+
+    from zoo.models.core.keytable import Table
+
+STATUSES = ("planned", "shapes", "parity", "trained")
+"""From no code at all upwards; a system holds its status and every one before it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A system that has code.
+
+    Attributes:
+      card: what it says about itself.
+      variants: its configurations by name; the first one is the default.
+      table: from a configuration to the key table of the official checkpoint, where there is one.
+    """
+
+    card: Card
+    variants: Mapping[str, ModelConfig]
+    table: "Callable[[Any], Table] | None" = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One line of the catalogue.
+
+    Attributes:
+      slug, title, kind, scope: see `zoo.models.core.card.System`.
+      status: one of `STATUSES`.
+      variants: names that `create` takes besides the slug; empty while planned.
+    """
+
+    slug: str
+    title: str
+    kind: str
+    scope: str
+    status: str
+    variants: tuple[str, ...]
+
+
+_entries: dict[str, Entry] = {}
+
+
+def register(
+    card: Card,
+    variants: Mapping[str, ModelConfig],
+    *,
+    table: "Callable[[Any], Table] | None" = None,
+) -> None:
+    """Make a system known under its slug and its variants under their names.
+
+    Args:
+      card: its card.
+      variants: configurations by name, in lower case with the size in the name; what differs by
+        weights, resolution or training stage only is told apart by a tag after a dot
+        ("mqt_llava_7b.official"). The first one is what `create(slug)` builds.
+      table: from a configuration to the key table of the official checkpoint.
+
+    Raises:
+      UsageError: if there is no variant, or if the slug or a variant's name is taken.
+    """
+    if not variants:
+        raise UsageError(f"register({card.slug}): want at least one variant")
+    if card.slug in _entries:
+        raise UsageError(f"register({card.slug}): this system is registered already")
+    for name in variants:
+        owner = next((slug for slug, entry in _entries.items() if name in entry.variants), None)
+        if owner is None and name in systems() and name != card.slug:
+            owner = name
+        if owner is not None:
+            raise UsageError(f"register({card.slug}): the name {name!r} belongs to {owner}")
+    _entries[card.slug] = Entry(card, MappingProxyType(dict(variants)), table)
+
+
+@cache
+def index() -> Mapping[str, Mapping[str, Any]]:
+    """The generated index of systems that have code: {slug: {"module", "variants", "status"}}."""
+    text = files("zoo.models.core").joinpath("index.json").read_text(encoding="utf-8")
+    return MappingProxyType(json.loads(text))
+
+
+def registered() -> Mapping[str, Entry]:
+    """The systems whose files have been imported so far, by slug."""
+    return MappingProxyType(_entries)
+
+
+def resolve(name: str) -> tuple[str, str]:
+    """The (slug, variant) that `name` stands for: a slug stands for its first variant.
+
+    Raises:
+      UsageError: if nothing is called so (with the nearest names), or the system has no code yet.
+    """
+    variants = {slug: tuple(row["variants"]) for slug, row in index().items()}
+    variants |= {slug: tuple(entry.variants) for slug, entry in _entries.items()}
+    if name in variants:
+        return name, variants[name][0]
+    for slug, names in variants.items():
+        if name in names:
+            return slug, name
+    if name in systems():
+        survey = systems()[name].scope == "none"
+        why = "is a survey: there is nothing to build" if survey else "has no code yet"
+        raise UsageError(f"{name} {why}; built so far: {', '.join(sorted(variants)) or 'nothing'}")
+    known = [*systems(), *(variant for names in variants.values() for variant in names)]
+    raise UsageError(f"unknown name {name!r}{nearest(name, known)}")
+
+
+def entry(name: str) -> Entry:
+    """The system of a slug or variant name, its file imported if need be.
+
+    Raises:
+      UsageError: see `resolve`.
+    """
+    slug, _ = resolve(name)
+    if slug not in _entries:
+        importlib.import_module(index()[slug]["module"])
+    return _entries[slug]
+
+
+def config(name: str, **overrides: Any) -> ModelConfig:
+    """The configuration of a slug (its first variant) or of a variant.
+
+    Args:
+      name: "mqt", "mqt_llava_7b", ...
+      **overrides: new values for fields anywhere in the nested configuration. A field's name is
+        enough where only one field on the shallowest level that has it is called so; otherwise
+        give the dotted path: `config("mqt", **{"connector.num_queries": 64})`.
+
+    Raises:
+      UsageError: for an unknown name or field (with the nearest ones), an ambiguous field (with its
+        paths), or a value of the wrong type.
+    """
+    _, variant = resolve(name)
+    chosen = entry(name).variants[variant]
+    for field, value in overrides.items():
+        chosen = _replace(chosen, _find(chosen, field, variant).split("."), value, variant)
+    return chosen
+
+
+def create(name: str, **overrides: Any) -> "nn.Module":
+    """The Flax module of a slug or variant; arguments and errors are those of `config`.
+
+    A value that the configuration itself refuses raises its `ValueError`.
+    """
+    return config(name, **overrides).build()
+
+
+def card(name: str) -> Card:
+    """The card of any system, by slug or by the name of a variant.
+
+    Raises:
+      UsageError: if nothing is called so, with the nearest names.
+    """
+    if name in systems() and name not in index() and name not in _entries:
+        return Card.planned(name)
+    return entry(name).card
+
+
+def listing(slug: str) -> Listing:
+    """The catalogue line of one system, read from the index without importing its code."""
+    facts, row = system(slug), index().get(slug, {})
+    status, variants = row.get("status", "planned"), tuple(row.get("variants", ()))
+    return Listing(slug, facts.title, facts.kind, facts.scope, status, variants)
+
+
+def listings(
+    pattern: str | None = None, *, kind: str | None = None, status: str | None = None
+) -> list[Listing]:
+    """The catalogue, or the part of it that meets every condition given, sorted by slug.
+
+    Args:
+      pattern: a shell pattern ("mqt*") for slugs and variants, or part of a slug, variant, name or
+        title; upper and lower case are the same.
+      kind: a kind, also as a part of a compound one ("vlm" finds "vlm + dense-head").
+      status: exactly this one of `STATUSES`.
+
+    Raises:
+      UsageError: for an unknown kind or status.
+    """
+    if kind is not None and not any(entry.is_kind(kind) for entry in systems().values()):
+        hint = nearest(kind, kinds()) or f"; want one of {', '.join(kinds())}"
+        raise UsageError(f"unknown kind {kind!r}{hint}")
+    if status is not None and status not in STATUSES:
+        raise UsageError(f"unknown status {status!r}; want one of {', '.join(STATUSES)}")
+    lines = [listing(slug) for slug, entry in systems().items() if not kind or entry.is_kind(kind)]
+    return [
+        line
+        for line in lines
+        if (not pattern or _matches(line, pattern)) and (not status or line.status == status)
+    ]
+
+
+def list_models(
+    pattern: str | None = None, *, kind: str | None = None, status: str | None = None
+) -> list[str]:
+    """Slugs of the systems, built or planned, that meet the conditions of `listings`."""
+    return [line.slug for line in listings(pattern, kind=kind, status=status)]
+
+
+def _matches(line: Listing, pattern: str) -> bool:
+    names, pattern = [name.lower() for name in (line.slug, *line.variants)], pattern.lower()
+    if any(sign in pattern for sign in "*?["):
+        return any(fnmatchcase(name, pattern) for name in names)
+    texts = (*names, system(line.slug).name.lower(), line.title.lower())
+    return any(pattern in text for text in texts)
+
+
+def _find(config: Any, wanted: str, variant: str) -> str:
+    """The dotted path of the field that `wanted` means."""
+    paths = list(_paths(config))
+    if wanted in paths:
+        return wanted
+    tails = [path for path in paths if path.endswith(f".{wanted}")]
+    depth = min((path.count(".") for path in tails), default=0)
+    found = [path for path in tails if path.count(".") == depth]
+    if len(found) > 1:
+        raise UsageError(f"{variant}: {wanted!r} is ambiguous; say which: {', '.join(found)}")
+    if not found:
+        known = {*paths, *(path.rpartition(".")[2] for path in paths)}
+        raise UsageError(f"{variant} has no setting {wanted!r}{nearest(wanted, sorted(known))}")
+    return found[0]
+
+
+def _paths(config: Any, prefix: str = "") -> Iterator[str]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        yield prefix + field.name
+        if dataclasses.is_dataclass(value):
+            yield from _paths(value, f"{prefix}{field.name}.")
+
+
+def _replace(config: Any, path: list[str], value: Any, variant: str) -> Any:
+    name, *rest = path
+    old = getattr(config, name)
+    new = _replace(old, rest, value, variant) if rest else _checked(name, old, value, variant)
+    return dataclasses.replace(config, **{name: new})
+
+
+def _checked(name: str, old: Any, value: Any, variant: str) -> Any:
+    """`value`, if it can stand where `old` stood."""
+    if old is None or value is None:
+        return value
+    if dataclasses.is_dataclass(old):
+        configured = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        allowed, want = configured, "a configuration"
+    elif isinstance(old, bool) or isinstance(value, bool):
+        allowed, want = isinstance(value, bool) and isinstance(old, bool), type(old).__name__
+    elif isinstance(old, float):
+        allowed, want = isinstance(value, int | float), "a number"
+    elif isinstance(old, int | str | tuple):
+        allowed, want = isinstance(value, type(old)), type(old).__name__
+    else:
+        allowed, want = True, ""
+    if not allowed:
+        raise UsageError(f"{variant}: {name} = {value!r}, want {want} such as {old!r}")
+    return value

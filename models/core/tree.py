@@ -1,0 +1,31 @@
+"""Trees of parameters as flat mappings of path tuples, and shape checks at module boundaries."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+Path = tuple[str, ...]
+__all__ = ["Path", "check_shape", "flatten_dict", "size_by_part", "unflatten_dict"]
+
+
+def check_shape(name: str, array: Any, want: str, *sizes: int | None) -> None:
+    """Raise `ValueError("name: got (…), want [B, N, D]")`: `array` has other `sizes`."""
+    shape = tuple(array.shape)
+    ok = len(shape) == len(sizes) and all(
+        w is None or s == w for s, w in zip(shape, sizes, strict=True)
+    )
+    if not ok:
+        exact = ", ".join("·" if s is None else str(s) for s in sizes)
+        raise ValueError(f"{name}: got {shape}, want {want} = ({exact})")
+
+
+def size_by_part(params: Mapping[str, Any]) -> dict[str, int]:
+    """Number of parameters under each top-level name, and `total`.
+
+    Works on arrays and on shapes alone.
+    """
+    sizes: dict[str, int] = {}
+    for path, leaf in flatten_dict(dict(params)).items():
+        sizes[path[0]] = sizes.get(path[0], 0) + int(leaf.size)
+    return {**sizes, "total": sum(sizes.values())}

@@ -1,0 +1,216 @@
+"""What the stations of a model hand to each other.
+
+Axis legend: B batch, M images or tiles per example, Z frames or slices, N vision tokens, Q kept or
+query tokens, T text, L whole sequence, S keys, D width, F mlp_dim, H heads, K key-value heads, E
+head_dim, V vocabulary.
+
+A *batch* is a flat mapping of reserved names to arrays; a model reads those that it knows:
+
+    pixels     [B, M, H, W, C] float32, normalised; absent for text only
+    ids        [B, T] int32, one placeholder id per image, exactly M of them in every row
+    labels     [B, T] int32, aligned with `ids`; `IGNORE` where nothing is learned
+    text_mask  [B, T] bool, False on padding
+    segments   [B, T] int32: 0 is seen by all that comes after it, every other number only by its
+    own kind, so that
+               several questions about one picture stand side by side without seeing each other.
+               Absent: all 0
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Array = jax.Array
+Batch = Mapping[str, Array]
+Memory = Mapping[str, Any]
+"""Read-only arrays per example (taps, vision keys, low-rank weights), addressed by tags."""
+Aux = dict[str, Array]
+"""What one decoder step reports: losses, kept counts."""
+
+IGNORE = -100
+"""The label of a token that teaches nothing."""
+
+TEXT, IMAGE = 0, 1
+"""Values of `Tokens.modality`."""
+
+
+def take(tree: Any, index: Array) -> Any:
+    """Gather rows `index` [B, C] of every leaf [B, L, ...]; returns leaves [B, C, ...]."""
+    return jax.tree.map(lambda leaf: jax.vmap(lambda row, i: row[i])(leaf, index), tree)
+
+
+@struct.dataclass
+class Tokens:
+    """Facts about the tokens of a sequence. Every leaf is [B, L, ...], so that `take` gathers all
+    of them.
+
+    Attributes:
+      position: float32 [B, L] or [B, L, 3], what rotary embeddings read.
+      order: int32 [B, L], place in the full sequence; causality is decided by it.
+      modality: int32 [B, L], `TEXT` or `IMAGE`.
+      valid: bool [B, L], False on padding, dropped and skipped tokens.
+      tags: named [B, L] facts of a system, such as `cell` (which vision token, -1 for text) and
+        `label` (the id that the *next* valid token must have, `IGNORE` where nothing is learned)
+        and `segment` (who sees whom, as in a batch's `segments`).
+    """
+
+    position: Array
+    order: Array
+    modality: Array
+    valid: Array
+    tags: dict[str, Array] = struct.field(default_factory=dict)
+
+    @classmethod
+    def sequence(cls, valid: Array, **tags: Array) -> "Tokens":
+        """Text tokens in reading order, valid where `valid` [B, L].
+
+        Positions count the valid tokens; with a tag `segment`, those of segment 0 before it and of
+        its own.
+        """
+        order = jnp.broadcast_to(jnp.arange(valid.shape[1], dtype=jnp.int32), valid.shape)
+        count = jnp.cumsum(valid, -1)
+        if "segment" in tags:
+            segment = tags["segment"]
+            first = jnp.diff(segment, axis=-1, prepend=segment[:, :1]) != 0
+            before = jax.lax.cummax(
+                jnp.where(first, count - valid, 0), axis=1
+            )  # valid before the segment
+            shared = (valid & (segment == 0)).sum(-1, keepdims=True)
+            count = jnp.where(segment == 0, count, shared + count - before)
+        position = jnp.maximum(count - 1, 0).astype(jnp.float32)
+        return cls(position, order, jnp.zeros_like(order), valid, dict(tags))
+
+
+@struct.dataclass
+class Stream:
+    """What flows through a stack of layers.
+
+    `slots` is static: the number of image slots in every row, which is 0 in decoding and for text
+    only, where every vision policy is the identity.
+    """
+
+    hidden: Array  # [B, L, D]
+    tokens: Tokens
+    slots: int = struct.field(pytree_node=False, default=0)
+
+
+@struct.dataclass
+class Reserve:
+    """In place of a layer state: cache what this layer sees, with room for `n` more tokens."""
+
+    n: int = struct.field(pytree_node=False, default=0)
+
+
+@struct.dataclass
+class KV:
+    """Key-value cache of one attention layer. Empty and skipped places have `tokens.valid` False.
+
+    Attributes:
+      k: [B, S, K, E] keys after rotation.
+      v: [B, S, K, E] values.
+      tokens: `Tokens` of the S places.
+      cursor: int32 [], where the next token is written; the same for every row, so the cache stays
+        rectangular.
+    """
+
+    k: Array
+    v: Array
+    tokens: Tokens
+    cursor: Array
+
+    @classmethod
+    def start(cls, k: Array, v: Array, tokens: Tokens, room: int) -> "KV":
+        """A cache that holds [B, L] tokens and has room for `room` more."""
+
+        def pad(leaf: Array) -> Array:
+            return jnp.pad(leaf, [(0, 0), (0, room)] + [(0, 0)] * (leaf.ndim - 2))
+
+        return cls(pad(k), pad(v), jax.tree.map(pad, tokens), jnp.int32(k.shape[1]))
+
+    def append(self, k: Array, v: Array, tokens: Tokens) -> "KV":
+        """Write L more tokens at the cursor. The caller sees to it that there is room."""
+
+        def write(cache: Array, new: Array) -> Array:
+            at = (0, self.cursor) + (0,) * (cache.ndim - 2)
+            return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), at)
+
+        return KV(
+            write(self.k, k),
+            write(self.v, v),
+            jax.tree.map(write, self.tokens, tokens),
+            self.cursor + k.shape[1],
+        )
+
+
+@struct.dataclass
+class Features:
+    """What a vision tower returns. What was not asked for is absent, and was not computed.
+
+    Attributes:
+      tokens: [..., N, D] patch tokens.
+      grid: (h, w) or (z, h, w), static; its product is N.
+      mask: bool [..., N], False on padding; None when all are real.
+      cls: [..., D] class token, where the tower has one.
+      taps: {layer: [..., N (+ prefix tokens), D]} the output of that layer (0 is the input of the
+        first).
+      qk: {layer: (q, k)} each [..., N (+ prefix tokens), H, E], after the projection biases.
+    """
+
+    tokens: Array
+    grid: tuple[int, ...] = struct.field(pytree_node=False)
+    mask: Array | None = None
+    cls: Array | None = None
+    taps: dict[int, Array] = struct.field(default_factory=dict)
+    qk: dict[int, tuple[Array, Array]] = struct.field(default_factory=dict)
+
+
+@struct.dataclass
+class TokenSet:
+    """Vision tokens on their way into the language model.
+
+    Attributes:
+      tokens: [B, M, Q, D], M images of Q tokens each.
+      mask: bool [B, M, Q], False on surplus tokens; None when all are real.
+    """
+
+    tokens: Array
+    mask: Array | None = None
+
+
+@struct.dataclass
+class Visual:
+    """What a connector hands on: tokens to splice in, memory for the decoder, or both."""
+
+    tokens: TokenSet | None
+    memory: dict[str, Any] = struct.field(default_factory=dict)
+
+
+@struct.dataclass
+class Cache:
+    """Everything that decoding carries from one token to the next.
+
+    Attributes:
+      states: layer states, laid out as `Stack` keeps them.
+      memory: what policies and cross-attention read.
+      next_position: float32 [B], the position of the next token.
+      next_order: int32 [], its place in the full sequence.
+    """
+
+    states: Any
+    memory: dict[str, Any]
+    next_position: Array
+    next_order: Array
+
+
+@struct.dataclass
+class Output:
+    """What a language model's forward pass returns: `hidden` [B, L, D] after the final norm, the
+    `tokens` that it belongs to (policies may have shortened the sequence) and each step's `aux`.
+    """
+
+    hidden: Array
+    tokens: Tokens
+    aux: tuple[Aux, ...] = ()

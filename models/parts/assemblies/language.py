@@ -1,0 +1,78 @@
+"""What every model with a decoder shares: the forward pass, prefill and decoding, which are the
+same code.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from zoo.models.core.types import Array, Batch, Cache, Memory, Output, Reserve, Stream, Tokens, take
+
+
+class LanguageModel(nn.Module):
+    """Base of the assemblies. A subclass makes `self.decoder` in `setup` and defines `stream`."""
+
+    def stream(self, batch: Batch, budget: int | Array | None) -> tuple[Stream, Memory]:
+        """The decoder's input: embedded text with the vision tokens spliced in, and its memory."""
+        raise NotImplementedError
+
+    def __call__(self, batch: Batch, *, budget: int | Array | None = None) -> Output:
+        """Run whole sequences, as in training.
+
+        Args:
+          batch: `ids`, and `pixels`, `labels`, `text_mask` as types.py describes them.
+          budget: number of vision tokens per image, for connectors that can vary it; a Python
+            number is static, an array masks.
+        """
+        stream, memory = self.stream(batch, budget)
+        stream, _, aux = self.decoder.run(stream, None, memory)
+        if self.is_initializing():
+            self.decoder.head(stream.hidden[:, :1])
+        return Output(stream.hidden, stream.tokens, aux)
+
+    def head(self, hidden: Array) -> Array:
+        """Final hidden states [..., D] -> float32 logits [..., V]."""
+        return self.decoder.head(hidden)
+
+    def prefill(
+        self, batch: Batch, *, room: int, budget: int | Array | None = None
+    ) -> tuple[Array, Cache]:
+        """Read the prompts and fill the caches.
+
+        Args:
+          batch: `pixels`, `ids` and `text_mask` of prompts padded on the right; the rest is not
+            read.
+          room: static number of tokens that will be decoded at most.
+          budget: as in `__call__`.
+
+        Returns:
+          float32 logits [B, V] of the token after each prompt, and the cache.
+        """
+        prompts = {name: batch[name] for name in ("pixels", "ids", "text_mask") if name in batch}
+        stream, memory = self.stream(prompts, budget)
+        length = stream.hidden.shape[1]
+        position = jnp.where(stream.tokens.valid, stream.tokens.position, -1).max(-1) + 1
+        stream, states, _ = self.decoder.run(stream, Reserve(room), memory)
+        # Policies may have shortened the sequence; the last valid token is always text, which
+        # stays.
+        place = jnp.arange(stream.hidden.shape[1])
+        last = jnp.where(stream.tokens.valid, place, 0).max(-1, keepdims=True)  # [B, 1]
+        logits = self.head(take(stream.hidden, last))[:, 0]
+        return logits, Cache(states, memory, position, jnp.int32(length))
+
+    def decode(self, ids: Array, cache: Cache) -> tuple[Array, Cache]:
+        """One more token for every row: ids int [B, 1] -> float32 logits [B, V] and the cache.
+
+        The caller decodes at most as many tokens as `prefill` was given `room` for.
+        """
+        order = jnp.full_like(ids, cache.next_order)
+        tokens = Tokens(
+            position=cache.next_position[:, None],
+            order=order,
+            modality=jnp.zeros_like(ids),
+            valid=jnp.ones(ids.shape, bool),
+            tags={"cell": jnp.full_like(ids, -1)},
+        )
+        stream = Stream(self.decoder.embed(ids), tokens)
+        stream, states, _ = self.decoder.run(stream, cache.states, cache.memory)
+        cache = Cache(states, cache.memory, cache.next_position + 1, cache.next_order + 1)
+        return self.head(stream.hidden)[:, 0], cache

@@ -1,0 +1,67 @@
+"""Linear maps: one `contract` for every kernel, and `Proj`, one full-rank kernel with its axis
+names.
+"""
+
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.typing import Initializer
+
+from zoo.models.core.types import Array
+
+
+def contract(eq: str, x: Array, w: Array) -> Array:
+    """`einsum(eq, x, w)` in the dtype of `x`. Every linear map of the zoo goes through here."""
+    return jnp.einsum(eq, x, w.astype(x.dtype))
+
+
+def fan_in_init(in_axis: tuple[int, ...], out_axis: tuple[int, ...]) -> Initializer:
+    """Truncated normal of variance 1 / fan-in.
+
+    The axes are given because Flax guesses wrong for rank > 2.
+    """
+    return nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis, out_axis)
+
+
+class Proj(nn.Module):
+    """A linear map `einsum(eq, x, kernel) + bias` whose kernel keeps its full rank.
+
+    Attributes:
+      eq: einsum of the input and the kernel, such as "bld,dhe->blhe".
+      shape: shape of the kernel, input axes first.
+      axes: logical name of every kernel axis.
+      num_in: how many leading kernel axes are contracted.
+      bias: whether there is a bias, of the shape of the output axes.
+      init: kernel initialiser; None for `fan_in_init`.
+    """
+
+    eq: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    num_in: int = 1
+    bias: bool = False
+    init: Initializer | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        rank = len(self.shape)
+        init = self.init or fan_in_init(tuple(range(self.num_in)), tuple(range(self.num_in, rank)))
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), self.shape)
+        y = contract(self.eq, x, kernel)
+        if self.bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.num_in :])
+            y = y + self.param("bias", zeros, self.shape[self.num_in :]).astype(y.dtype)
+        return y
+
+
+def dense(
+    width: int, features: int, *, bias: bool = False, axes: tuple[str, str] = ("embed", "mlp")
+) -> Proj:
+    """`Proj` from the last axis of `width` to one of `features`."""
+    return Proj("...d,df->...f", (width, features), axes, bias=bias)
+
+
+def table_init(width: int) -> Initializer:
+    """Normal with standard deviation 1 / sqrt(width), for tables that are added to tokens."""
+    return nn.initializers.normal(1 / math.sqrt(width))

@@ -1,0 +1,22 @@
+"""Random parameters from shapes alone, without compiling an initialiser."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+
+def draw(shapes, seed: int = 0):
+    """Parameters of the (boxed) `shapes`: norm scales near 1, the rest normal with variance 1 /
+    fan-in.
+    """
+    rng = np.random.default_rng(seed)
+
+    def one(path, leaf):
+        if not np.issubdtype(leaf.dtype, np.floating):
+            return np.zeros(leaf.shape, leaf.dtype)
+        fan_in = leaf.shape[-2] if leaf.ndim > 1 else leaf.shape[-1]
+        noise = rng.normal(size=leaf.shape) / np.sqrt(fan_in)
+        scale = path[-1].key == "scale"
+        return (1 + 0.1 * noise if scale else noise).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, nn.unbox(shapes))

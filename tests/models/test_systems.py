@@ -1,0 +1,111 @@
+"""What must hold for every registered system, by its form.
+
+A new system is tested here without a new test.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.models.draw import draw
+from zoo.models.core import registry
+from zoo.models.core.errors import ZooError
+from zoo.models.core.names import spec_for, tree_names
+from zoo.models.core.tree import flatten_dict
+
+SYSTEMS = sorted(registry.index())
+VARIANTS = [name for slug in SYSTEMS for name in registry.entry(slug).variants]
+TINY = [name for name in VARIANTS if name.endswith("_tiny")]
+
+
+def shapes(config):
+    return jax.eval_shape(config.build().init, jax.random.key(0), config.inputs(1))["params"]
+
+
+def random_batch(config, size=2, seed=0):
+    """A batch of the shapes that the configuration names, with one placeholder per image."""
+    rng, batch = np.random.default_rng(seed), {}
+    for name, spec in config.inputs(size).items():
+        if name == "ids":
+            ids = rng.integers(config.image_id + 1, config.decoder.vocab_size, spec.shape)
+            ids[:, 1 : 1 + config.num_images] = config.image_id
+            batch[name] = ids.astype(np.int32)
+        elif name == "text_mask":
+            batch[name] = np.ones(spec.shape, bool)
+        elif np.issubdtype(spec.dtype, np.floating):
+            batch[name] = rng.normal(size=spec.shape).astype(np.float32)
+    batch["labels"], batch["segments"] = batch["ids"], np.zeros_like(batch["ids"])
+    return batch
+
+
+def test_every_system_has_a_tiny_variant():
+    assert {registry.resolve(name)[0] for name in TINY} == set(SYSTEMS)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_names_resolve_and_shard(name):
+    """All logical names are known; on an fsdp mesh at least 95 % of the parameters of a full size
+    are cut.
+    """
+    boxed = shapes(registry.config(name))
+    mesh = jax.sharding.AbstractMesh((8,), ("fsdp",))
+    names = flatten_dict(tree_names(boxed))
+    cut = total = 0
+    for path, leaf in flatten_dict(nn.unbox(boxed)).items():
+        total += leaf.size
+        cut += leaf.size * (len(spec_for(names[path], leaf.shape, mesh)) > 0)
+    if total > 1e8:
+        assert cut >= 0.95 * total
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_key_table_fits_at_full_size(name):
+    table = registry.entry(name).table
+    if table is None:
+        pytest.skip("no official checkpoint")
+    config = registry.config(name)
+    keys = table(config).shapes(nn.unbox(shapes(config)))
+    assert len(keys) > 10
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_conversion_there_and_back(name):
+    table = registry.entry(name).table
+    if table is None:
+        pytest.skip("no official checkpoint")
+    config = registry.config(name)
+    table, params = table(config), draw(shapes(config))
+    state = table.save(params)
+    back = table.load(state, params)
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+    key = sorted(state)[0]
+    with pytest.raises(ZooError, match=f"missing: {key}"):
+        table.load({k: v for k, v in state.items() if k != key}, params)
+    with pytest.raises(ZooError, match="extra: nobody"):
+        table.load({**state, "nobody": np.zeros(2)}, params)
+    with pytest.raises(ZooError, match=f"misshapen: {key}"):
+        table.load({**state, key: np.zeros((1, 2, 3, 4, 5))}, params)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_value_and_gradient(name):
+    """Finite, deterministic; every parameter has a gradient, but for those that the forward pass
+    never reads.
+    """
+    config = registry.config(name)
+    model, params, batch = config.build(), draw(shapes(config)), random_batch(config)
+
+    def loss(params):
+        out = model.apply({"params": params}, batch)
+        logits = model.apply({"params": params}, out.hidden, method="head")
+        return jnp.mean(jax.nn.logsumexp(logits, -1) ** 2) + jnp.mean(out.hidden**3)
+
+    step = jax.jit(jax.value_and_grad(loss))
+    (value, grads), (again, _) = step(params), step(params)
+    assert np.isfinite(value) and value == again
+    unread = set(getattr(config, "unread", ()))
+    dead = {path for path, g in flatten_dict(grads).items() if not np.abs(g).max() > 0}
+    assert dead == {tuple(path.split("/")) for path in unread}
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))

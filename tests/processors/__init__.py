@@ -1,0 +1,1 @@
+"""Tests of what stands between pictures, text and a model."""

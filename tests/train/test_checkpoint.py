@@ -1,0 +1,175 @@
+import errno
+import shutil
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests.train.tiny import TinyConfig
+from zoo.models.core.errors import ZooError
+from zoo.train.checkpoint import Checkpoints
+from zoo.train.mesh import MeshConfig, make_mesh
+from zoo.train.optim import OptimConfig, make_optimizer
+from zoo.train.state import abstract_state, boxed_params, initial_state
+from zoo.whole import check
+
+
+class Counter(grain.DatasetIterator):
+    """Counts; the simplest place in a data set."""
+
+    def __init__(self):
+        super().__init__()
+        self.place = 0
+
+    def __next__(self):
+        self.place += 1
+        return self.place
+
+    def get_state(self):
+        return {"place": self.place}
+
+    def set_state(self, state):
+        self.place = state["place"]
+
+
+def states(mesh_config=None, seed=0):
+    config, optimizer = TinyConfig(), make_optimizer(OptimConfig(warmup=0), 10)
+    model, inputs = config.build(), config.inputs(1)
+    mesh = make_mesh(mesh_config or MeshConfig(fsdp=2))
+    abstract = abstract_state(boxed_params(model, inputs), optimizer, mesh)
+    return abstract, initial_state(model, inputs, optimizer, abstract, seed)
+
+
+def written(folder, steps, keep=3):
+    """Checkpoints of `steps` in `folder`; returns the last state."""
+    _, state = states()
+    checkpoints = Checkpoints(folder, keep, pytest.fail)
+    data = Counter()
+    for step in steps:
+        data.place = 10 * step
+        state = state.replace(step=jax.numpy.int32(step))
+        checkpoints.save(state, data)
+    checkpoints.close()
+    return state
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two") / "checkpoints"
+    written(folder, [4, 8])
+    return folder
+
+
+@pytest.fixture
+def copy(two, tmp_path):
+    return Path(shutil.copytree(two, tmp_path / "checkpoints"))
+
+
+def test_what_was_saved_comes_back_on_any_mesh(copy):
+    _, saved = states()
+    abstract, other = states(MeshConfig(data=2, fsdp=2, tensor=2), seed=5)
+    assert not np.array_equal(saved.params["embedding"], other.params["embedding"])
+    checkpoints, data = Checkpoints(copy, 3, pytest.fail), Counter()
+    found = checkpoints.restore(abstract, data)
+    assert (int(found.step), data.place) == (8, 80)
+    saved = saved.replace(step=found.step)
+    jax.tree.map(np.testing.assert_array_equal, found, saved)
+    assert jax.tree.map(lambda x: x.sharding, found) == jax.tree.map(lambda x: x.sharding, abstract)
+
+
+def test_the_newest_are_kept(tmp_path):
+    written(tmp_path, [1, 2, 3, 5], keep=2)
+    assert Checkpoints(tmp_path, 2, pytest.fail).steps == [3, 5]
+
+
+def damage(how, file):
+    raw = file.read_bytes()
+    if how == "truncated":
+        file.write_bytes(raw[: len(raw) // 2])
+    elif how == "flipped":
+        file.write_bytes(
+            raw[: len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 1]) + raw[len(raw) // 2 + 1 :]
+        )
+    elif how == "emptied":
+        file.write_bytes(b"")
+    else:
+        file.unlink()
+    return raw
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "emptied", "missing"])
+def test_damage_to_any_file_is_noticed(copy, how):
+    newest = copy / "8"
+    files = [f for f in newest.rglob("*") if f.is_file() and f.stat().st_size]
+    assert len(files) > 10
+    for file in files:
+        raw = damage(how, file)
+        problem = check(newest)
+        assert problem, f"{how}: {file}"
+        assert file.name in problem or file.name == "manifest.json"
+        file.write_bytes(raw)
+    assert check(newest) is None
+
+
+@pytest.mark.parametrize("what", ["array", "manifest", "everything"])
+def test_a_bad_checkpoint_is_set_aside_for_the_one_before(copy, what):
+    biggest = max((copy / "8").rglob("d/*"), key=lambda f: f.stat().st_size)
+    if what == "everything":
+        shutil.rmtree(copy / "8")
+        (copy / "8").mkdir()
+    else:
+        damage("flipped", biggest) if what == "array" else (copy / "8" / "manifest.json").unlink()
+    said = []
+    checkpoints, data = Checkpoints(copy, 3, said.append), Counter()
+    assert checkpoints.newest == 4
+    assert len(said) == 1
+    assert str(copy / "8") in said[0]
+    assert "step 4" in said[0]
+    if what == "array":
+        assert biggest.name in said[0]
+    state = checkpoints.restore(states()[0], data)
+    assert (int(state.step), data.place) == (4, 40)
+    assert (copy / "damaged" / "8").exists()
+    checkpoints.save(state.replace(step=jax.numpy.int32(6)), data)
+    assert (copy / "damaged" / "8").exists()  # not caught up yet
+    checkpoints.save(state.replace(step=jax.numpy.int32(8)), data)
+    assert not (copy / "damaged").exists()
+    assert Checkpoints(copy, 3, pytest.fail).steps == [4, 6, 8]
+
+
+def test_with_no_good_one_left_it_says_that_it_begins_again(copy):
+    for step in ("4", "8"):
+        damage("truncated", copy / step / "manifest.json")
+    said = []
+    assert Checkpoints(copy, 3, said.append).newest is None
+    assert len(said) == 2
+    assert "beginning" in said[1]
+
+
+def test_leftovers_of_a_killed_save_are_removed(copy):
+    (copy / "12.orbax-checkpoint-tmp-3" / "params").mkdir(parents=True)
+    assert Checkpoints(copy, 3, pytest.fail).newest == 8
+    assert sorted(p.name for p in copy.iterdir()) == ["4", "8"]
+
+
+@pytest.mark.parametrize("where", ["beforehand", "orbax", "manifest"])
+def test_a_full_disk_is_said_and_leaves_the_last_good_one(copy, monkeypatch, where):
+    checkpoints, (_, state) = Checkpoints(copy, 3, pytest.fail), states()
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if where == "beforehand":
+        monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 900_000}))
+    elif where == "orbax":
+        monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    else:
+        monkeypatch.setattr("zoo.whole.write_atomically", full)
+    with pytest.raises(
+        ZooError, match=r"step 12 could not .* the disk is full.*; the last good one is .*8"
+    ):
+        checkpoints.save(state.replace(step=jax.numpy.int32(12)), Counter())
+    assert Checkpoints(copy, 3, pytest.fail).steps == [4, 8]

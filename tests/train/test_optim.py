@@ -1,0 +1,68 @@
+from dataclasses import replace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.train.tiny import TinyConfig
+from zoo.models.core.errors import UsageError
+from zoo.train.optim import OptimConfig, decay_mask, learning_rate, make_optimizer
+from zoo.train.state import boxed_params
+
+
+@pytest.mark.parametrize(
+    ("schedule", "last"), [("cosine", 0.1), ("linear", 0.1), ("constant", 1.0)]
+)
+def test_schedule_grows_to_its_peak_and_arrives_at_its_end(schedule, last):
+    rate = learning_rate(OptimConfig(lr=1.0, schedule=schedule, warmup=4, end=0.1), 20)
+    rates = np.array([float(rate(step)) for step in range(21)])
+    np.testing.assert_allclose(rates[:5], [0.2, 0.4, 0.6, 0.8, 1.0], rtol=1e-6)
+    assert rates.argmax() == 4
+    np.testing.assert_allclose(rates[20], last, rtol=1e-5)
+
+
+def test_without_warmup_the_first_step_has_the_peak():
+    assert float(learning_rate(OptimConfig(lr=0.5, warmup=0), 3)(0)) == 0.5
+
+
+def test_decay_acts_on_kernels_alone():
+    model = TinyConfig()
+    mask = decay_mask(nn.unbox(boxed_params(model.build(), model.inputs(1))))
+    flat = {
+        jax.tree_util.keystr(p, simple=True, separator="/"): m
+        for p, m in jax.tree.leaves_with_path(mask)
+    }
+    assert {path for path, decays in flat.items() if decays} == {"up/kernel", "down/kernel"}
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    params = {"kernel": jnp.zeros(4)}
+    config = OptimConfig(warmup=0, eps=1.0, lr=1.0, schedule="constant")
+
+    def update(config, scale):
+        optimizer = make_optimizer(config, 10)
+        grads = {"kernel": jnp.full(4, scale)}
+        return optimizer.update(grads, optimizer.init(params), params)[0]["kernel"]
+
+    np.testing.assert_allclose(update(config, 100.0), update(config, 7.0), rtol=1e-6)
+    loose = replace(config, clip_norm=None)
+    assert not np.allclose(update(loose, 100.0), update(loose, 7.0))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", "adam"), ("schedule", "cosin"), ("lr", 0), ("lr", -1), ("warmup", -1), ("end", 2),
+        ("b1", 1), ("b2", -0.1), ("eps", 0), ("weight_decay", -1), ("clip_norm", 0),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused_by_name(field, value):
+    with pytest.raises(UsageError, match=rf"optim\.{field} is"):
+        OptimConfig(**{field: value})
+
+
+def test_warmup_longer_than_the_run_is_refused():
+    with pytest.raises(UsageError, match=r"optim\.warmup is 11: want at most the 10 steps"):
+        learning_rate(OptimConfig(warmup=11), 10)

@@ -1,0 +1,139 @@
+"""`zoo train CONFIG`: run an experiment of `zoo.configs` or of a file, its fields overridden."""
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import json
+import pkgutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import tyro
+
+from zoo.models.core.codec import encode
+from zoo.models.core.errors import UsageError
+from zoo.train.config import Experiment
+
+_USAGE = """usage: zoo train CONFIG [--out DIR] [--data-dir DIR] [--json] [--dotted.field VALUE ...]
+       zoo train --list [--json]
+
+CONFIG is the name of a configuration of the package, or a file of yours such as mine.py.
+`zoo train CONFIG --help` shows the fields of a configuration. `--list` shows all configurations."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Train by a configuration. The same command continues a run that was interrupted.
+
+    Attributes:
+      experiment: the configuration.
+      out: folder of the run; `runs/<name of the configuration>` by default.
+      data_dir: where data sets are prepared; in the user's cache by default.
+      json: print the outcome as one JSON object, and nothing else, to standard output.
+    """
+
+    experiment: Annotated[Experiment, tyro.conf.arg(name="")]
+    out: Path | None = None
+    data_dir: Path | None = None
+    json: bool = False
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line; returns 0, or 128 + n if signal n ended the run early.
+
+    Raises:
+      UsageError, ZooError: as `zoo.train.loop.train`.
+      SystemExit: after `--help`, and with status 2 for flags that are unknown or do not parse.
+    """
+    match list(argv):
+        case [] | ["-h" | "--help", *_]:
+            print(_USAGE, file=sys.stdout if argv else sys.stderr)
+            return 0 if argv else 2
+        case ["--list", *rest] if rest in ([], ["--json"]):
+            _list(as_json=bool(rest))
+            return 0
+        case [name, *rest] if not name.startswith("-"):
+            return _train(name, rest)
+    raise UsageError(f"{argv[0]} comes where a configuration is expected\n{_USAGE}")
+
+
+def names() -> list[str]:
+    """All configurations of the package, in alphabetical order."""
+    # Reached by name: experiments stand on training, not the other way round.
+    found = pkgutil.iter_modules(importlib.import_module("zoo.configs").__path__)
+    return sorted(module.name for module in found if not module.name.startswith("_"))
+
+
+def find(name: str) -> Experiment:
+    """The experiment that is called `name`, or that the file `name` holds if it ends in `.py`.
+
+    Raises:
+      UsageError: there is none; the message has the nearest names.
+    """
+    if name.endswith(".py"):
+        module = _load(Path(name))
+    elif name in names():
+        module = importlib.import_module(f"zoo.configs.{name}")
+    else:
+        near = difflib.get_close_matches(name, names(), 3, 0.4) or names()
+        raise UsageError(f"there is no configuration {name!r}; nearest: {', '.join(near)}")
+    config = getattr(module, "config", None)
+    experiment = config() if callable(config) else None
+    if not isinstance(experiment, Experiment):
+        raise UsageError(f"{name} has no function config() that returns an Experiment")
+    return experiment
+
+
+def _load(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise UsageError(f"there is no configuration file {file}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _train(name: str, flags: Sequence[str]) -> int:
+    default = Command(find(name))
+    try:
+        command = tyro.cli(Command, default=default, args=list(flags), prog=f"zoo train {name}")
+    except ValueError as error:  # from a configuration that refuses its values
+        raise UsageError(str(error)) from error
+    experiment = command.experiment
+    settings = encode(experiment)
+    if not command.json:
+        print(json.dumps(settings, indent=2), flush=True)
+
+    from zoo.train.loop import train  # after the flags: it takes a second to import
+
+    result = train(
+        experiment, command.out or Path("runs") / Path(name).stem, data_dir=command.data_dir
+    )
+    outcome = {
+        "out": str(result.folder),
+        "step": result.step,
+        "complete": result.complete,
+        "metrics": dict(result.metrics),
+        "stopped": result.stopped.name if result.stopped else None,
+    }
+    if command.json:
+        print(json.dumps({**outcome, "config": settings}, indent=2))
+    else:
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
+        print(f"step {result.step} of {result.steps}  {shown}\n{result.folder}")
+    return 128 + result.stopped if result.stopped else 0
+
+
+def _list(*, as_json: bool) -> None:
+    about = []
+    for name in names():
+        module = importlib.import_module(f"zoo.configs.{name}")
+        about.append({"name": name, "about": (module.__doc__ or "").strip().split("\n")[0]})
+    if as_json:
+        print(json.dumps(about, indent=2))
+    else:
+        print("\n".join(f"{item['name']:<24} {item['about']}" for item in about))

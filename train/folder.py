@@ -1,0 +1,151 @@
+"""The folder of a run: who may write to it, whether it has room, whose experiment it is.
+
+config.json      the experiment
+checkpoints/     see `zoo.train.checkpoint`
+processor/       how records and prompts become arrays
+model/           the trained model, see `zoo.saving`
+metrics.jsonl    one object per logged step
+tensorboard/     the same for TensorBoard
+train.log        what was said, and a description of all parameters
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from zoo.models.core.codec import decode, diff, encode, show_diff
+from zoo.models.core.errors import UsageError, ZooError
+from zoo.processors.vlm import Processor
+from zoo.train.checkpoint import OVERHEAD
+from zoo.train.config import Experiment, forbidden
+from zoo.whole import write_atomically
+
+CONFIG, CHECKPOINTS, PROCESSOR, LOG = "config.json", "checkpoints", "processor", "train.log"
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[Path]:
+    """Make the folder if need be and keep other runs out of it; a killed run keeps nobody out.
+
+    Raises:
+      ZooError: the folder cannot be written, or another run is in it.
+    """
+    folder = Path(folder).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a+")  # noqa: SIM115 (closed below, where the lock ends)
+    except OSError as error:
+        raise ZooError(
+            f"cannot write to {folder}: {error.strerror}; choose another output folder"
+        ) from error
+    with lock:
+        try:
+            # Worker processes, which may outlive a killed run, do not inherit a lock of this kind.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise ZooError(
+                f"another run (process {lock.read().strip() or '?'}) is writing to {folder}: wait "
+                "for it, stop it, or choose another output folder"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield folder
+
+
+def claim(folder: Path, experiment: Experiment) -> None:
+    """Write `config.json`, or see that the folder belongs to this experiment.
+
+    Raises:
+      UsageError: it belongs to another one; the message shows how they differ.
+      ZooError: there are checkpoints, and the configuration that they belong to is missing or
+        damaged.
+    """
+    file = folder / CONFIG
+    new = encode(experiment)
+    if not any((folder / CHECKPOINTS).glob("*")):
+        # Nothing was learned yet: whoever corrects a first attempt goes on in the same folder.
+        shutil.rmtree(folder / PROCESSOR, ignore_errors=True)
+    else:
+        changes = forbidden(diff(_read(file), new), experiment)
+        if changes:
+            raise UsageError(
+                f"{folder} holds a run with another configuration:\n{show_diff(changes)}\n"
+                "choose another output folder, or the same configuration to continue"
+            )
+    write_atomically(file, json.dumps(new, indent=2) + "\n")
+
+
+def read_experiment(folder: str | Path) -> Experiment:
+    """The experiment of a run folder.
+
+    Raises:
+      ZooError: its `config.json` is missing, damaged or written by a version with other fields.
+    """
+    experiment = decode(_read(Path(folder) / CONFIG))
+    if not isinstance(experiment, Experiment):
+        raise ZooError(f"{Path(folder) / CONFIG} describes no experiment")
+    return experiment
+
+
+def check_room(folder: Path, state_bytes: int, keep: int) -> None:
+    """Raise ZooError unless the checkpoints that a run will need fit on the disk.
+
+    While one more is being written there are `keep` + 1 of them; those that are there already
+    count.
+    """
+    there = sum(f.stat().st_size for f in (folder / CHECKPOINTS).rglob("*") if f.is_file())
+    need = (state_bytes + OVERHEAD) * (keep + 1) - there
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise ZooError(
+            f"{folder} has {_mb(free)} left, and {keep + 1} checkpoints of {_mb(state_bytes)} need "
+            f"{_mb(need)} more: make room, keep fewer, or choose another output folder"
+        )
+
+
+def processor_of(folder: Path, experiment: Experiment) -> Processor:
+    """The processor of a run: made and saved the first time, read from then on."""
+    saved = folder / PROCESSOR
+    if saved.exists():
+        return Processor.load(saved)
+    processor = experiment.processor.build(experiment.model, experiment.data)
+    temporary = folder / f".{PROCESSOR}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    processor.save(temporary)
+    temporary.rename(saved)
+    return processor
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn the failure of a write, such as a full disk, into a ZooError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise ZooError(
+            f"cannot write to {folder}: {error.strerror or error}; make room and run again to "
+            "continue from the last checkpoint"
+        ) from error
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ZooError(
+            f"{file} is missing, and with it what the checkpoints belong to; choose another output "
+            "folder"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ZooError(f"{file} cannot be read: {error}") from error
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,124 @@
+"""What a run leaves for people and programs to read: `metrics.jsonl` and TensorBoard."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from zoo.whole import write_atomically
+
+# tensorboardX imports PyTorch where it finds it, for drawing graphs, which takes seconds; here it
+# finds none.
+_torch = sys.modules.get("torch")
+sys.modules["torch"] = None  # type: ignore[assignment]
+try:
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.summary import scalar
+finally:
+    del sys.modules["torch"]
+    if _torch is not None:
+        sys.modules["torch"] = _torch
+
+_SECONDS_BETWEEN_FLUSHES = 5.0
+
+
+class MetricsWriter:
+    """One JSON object per logged step, the same numbers as TensorBoard scalars.
+
+    Args:
+      folder: of the run.
+      step: the step that the run goes on from. What was written for later steps is removed, so that
+        no step occurs twice, and so is a last line that was cut off by a crash.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        self._file = folder / "metrics.jsonl"
+        kept = [record for record in read_metrics(self._file) if record["step"] <= step]
+        write_atomically(self._file, "".join(map(_line, kept)))
+        self._out = open(self._file, "ab", buffering=0)  # noqa: SIM115 (see close)
+        board = folder / "tensorboard"
+        board.mkdir(exist_ok=True)
+        # The writer proper, without the thread and the queue that SummaryWriter puts before it: a
+        # full disk is then an error here instead of a thread that dies and a queue that nobody
+        # empties.
+        self._board = EventsWriter(str(board / "events"), f".{time.time_ns()}")
+        restart = SessionLog(status=SessionLog.START)
+        self._board.write_event(Event(step=step + 1, session_log=restart, wall_time=time.time()))
+        self._flushed = 0.0
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append the `values` of `step`."""
+        self._out.write(_line({"step": step, **values}).encode())
+        for name, value in values.items():
+            event = Event(step=step, summary=scalar(name, value), wall_time=time.time())
+            self._board.write_event(event)
+        if (
+            time.monotonic() - self._flushed > _SECONDS_BETWEEN_FLUSHES
+        ):  # each one waits for the disk
+            self._board.flush()
+            self._flushed = time.monotonic()
+
+    def sync(self) -> None:
+        """Return when everything is on the disk."""
+        os.fsync(self._out.fileno())
+        self._board.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._out.close()
+        self._board.close()
+
+
+def read_metrics(file: str | Path) -> list[dict[str, Any]]:
+    """The whole records of a `metrics.jsonl`, in order; a torn last line is left out."""
+    file = Path(file)
+    if not file.exists():
+        return []
+    records = []
+    for line in file.read_text("utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+class Journal:
+    """`train.log`: what a run has to say, with the time, and details that would crowd a terminal.
+
+    Args:
+      file: appended to.
+      tell: also told what is meant for the terminal.
+    """
+
+    def __init__(self, file: Path, tell: Callable[[str], None]):
+        self._out = open(file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (see close)
+        self._tell = tell
+
+    def say(self, text: str) -> None:
+        """On the terminal and in the file."""
+        self._tell(text)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """In the file only."""
+        self._out.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._out.close()
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    # JSON knows neither NaN nor infinity.
+    finite = {
+        k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()
+    }
+    return json.dumps(finite) + "\n"

@@ -1,0 +1,105 @@
+"""The optimizer: global-norm clipping, AdamW, and the schedule of its learning rate."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import jax
+import optax
+
+from zoo.models.core.errors import UsageError
+
+Name = Literal["adamw"]
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How parameters move.
+
+    Attributes:
+      name: the algorithm.
+      lr: peak learning rate.
+      schedule: what the learning rate does between the warmup and the last step.
+      warmup: steps of linear growth before the peak is reached.
+      end: share of `lr` that cosine and linear schedules arrive at.
+      b1, b2, eps: AdamW's.
+      weight_decay: decoupled, times the learning rate; kernels only, not norms, biases and tables.
+      clip_norm: gradients whose global norm is larger are scaled down to it; None clips nothing.
+    """
+
+    name: Name = "adamw"
+    lr: float = 1e-3
+    schedule: Schedule = "cosine"
+    warmup: int = 100
+    end: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        for field, value, choices in (
+            ("name", self.name, get_args(Name)),
+            ("schedule", self.schedule, get_args(Schedule)),
+        ):
+            if value not in choices:
+                raise UsageError(f"optim.{field} is {value!r}: want one of {', '.join(choices)}")
+        wants = {
+            "lr": (self.lr > 0, "more than 0"),
+            "warmup": (self.warmup >= 0, "0 or more steps"),
+            "end": (0 <= self.end <= 1, "a share from 0 to 1"),
+            "b1": (0 <= self.b1 < 1, "from 0 to below 1"),
+            "b2": (0 <= self.b2 < 1, "from 0 to below 1"),
+            "eps": (self.eps > 0, "more than 0"),
+            "weight_decay": (self.weight_decay >= 0, "0 or more"),
+            "clip_norm": (self.clip_norm is None or self.clip_norm > 0, "more than 0, or None"),
+        }
+        for field, (good, want) in wants.items():
+            if not good:
+                raise UsageError(f"optim.{field} is {getattr(self, field)}: want {want}")
+
+
+def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Steps done so far -> learning rate of the next, over a run of `steps`.
+
+    Raises:
+      UsageError: the warmup is longer than the run.
+    """
+    if config.warmup > steps:
+        raise UsageError(
+            f"optim.warmup is {config.warmup}: want at most the {steps} steps of the run"
+        )
+    lr, rest = config.lr, max(steps - config.warmup, 1)
+    match config.schedule:
+        case "cosine":
+            after = optax.cosine_decay_schedule(lr, rest, config.end)
+        case "linear":
+            after = optax.linear_schedule(lr, lr * config.end, rest)
+        case "constant":
+            after = optax.constant_schedule(lr)
+    if not config.warmup:
+        return after
+    # The first step already learns something, and the peak comes right after the warmup.
+    warmup = optax.linear_schedule(lr / (config.warmup + 1), lr, config.warmup)
+    return optax.join_schedules([warmup, after], [config.warmup])
+
+
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """The transformation of gradients into updates for a run of `steps`."""
+    adamw = optax.adamw(
+        learning_rate(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+    if config.clip_norm is None:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def decay_mask(params: Any) -> Any:
+    """True for the leaves that weight decay acts on: those called `kernel`."""
+    return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)

@@ -1,0 +1,187 @@
+"""Figures: accuracy against the number of vision tokens, and questions with the answers of a model.
+
+Every function returns a `matplotlib.figure.Figure` that belongs to no window and no global state;
+`save` writes it.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from zoo.models.core.errors import ZooError
+
+INK, FAINT, GRID = "#1a1a1a", "#6b6b6b", "#e3e3e3"
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+"""Okabe and Ito's colours, which colour-blind people tell apart; markers repeat the distinction."""
+MARKERS = "osD^vP"
+RIGHT, WRONG = "#0072B2", "#D55E00"
+
+_INCHES_PER_LINE = 0.19
+_LETTERS_PER_INCH = 12.4
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question and what a model answered.
+
+    Attributes:
+      picture: [H, W, 3] uint8.
+      kind: of the question.
+      question: the prompt.
+      expected: the right answer.
+      answers: what was generated, by number of vision tokens.
+    """
+
+    picture: np.ndarray
+    kind: str
+    question: str
+    expected: str
+    answers: Mapping[int, str]
+
+
+def accuracy_figure(
+    overall: Mapping[int, float], by_kind: Mapping[str, Mapping[int, float]], *, title: str
+) -> Figure:
+    """Accuracy against vision tokens per picture: a strong line for all questions, one per kind.
+
+    Args:
+      overall: share of right answers, 0 to 1, by number of vision tokens.
+      by_kind: the same for each kind of question.
+      title: what was measured on what.
+    """
+    figure = Figure(figsize=(7.6, 4.6), layout="constrained")
+    axes = figure.subplots()
+    styles = zip(sorted(by_kind), COLOURS, MARKERS, strict=False)
+    for kind, colour, marker in styles:
+        _curve(axes, by_kind[kind], kind, color=colour, marker=marker, linewidth=1.5, markersize=6)
+    _curve(axes, overall, "all questions", color=INK, marker="o", linewidth=3.2, markersize=8)
+    for budget, share in overall.items():
+        axes.annotate(
+            f"{100 * share:.0f} %",
+            (budget, 100 * share),
+            xytext=(0, -19),
+            textcoords="offset points",
+            ha="center",
+            fontsize=10,
+            fontweight="bold",
+            color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+            zorder=5,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(overall), [str(budget) for budget in overall])
+    axes.minorticks_off()
+    axes.set_ylim(0, 104)
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_xlabel("vision tokens per picture", fontsize=12, color=INK)
+    axes.set_ylabel("right answers (%)", fontsize=12, color=INK)
+    axes.set_title(title, fontsize=13, fontweight="bold", loc="left", color=INK, pad=12)
+    axes.grid(color=GRID, linewidth=0.9)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=11, colors=INK, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(FAINT)
+    # In the order in which the lines end, so that the eye finds them.
+    handles, labels = axes.get_legend_handles_labels()
+    ends = [float(np.asarray(line.get_ydata())[-1]) for line in handles]
+    order = np.argsort(ends, kind="stable")[::-1]
+    figure.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        loc="outside right center",
+        frameon=False,
+        fontsize=11,
+        labelcolor=INK,
+    )
+    return figure
+
+
+def answers_figure(samples: Sequence[Sample], *, title: str, columns: int = 5) -> Figure:
+    """Pictures with question, right answer and generated answers, marked right (✓) or wrong (✗).
+
+    Args:
+      samples: shown row by row.
+      title: what they are.
+      columns: number of pictures in a row.
+    """
+    columns = min(columns, len(samples))
+    rows = -(-len(samples) // columns)
+    side, gap, header = 2.1, 0.28, 0.75
+    wrapped = [textwrap.wrap(s.question, int(side * _LETTERS_PER_INCH)) for s in samples]
+    lines = max(len(w) + 1 + len(s.answers) for w, s in zip(wrapped, samples, strict=True)) + 1.7
+    card = side + lines * _INCHES_PER_LINE
+    width = columns * side + (columns + 1) * gap
+    height = header + rows * (card + gap)
+    figure = Figure(figsize=(width, height), facecolor="white")
+    figure.text(
+        gap / width, 1 - 0.3 / height, title, fontsize=15, fontweight="bold", color=INK, va="center"
+    )
+    for index, (sample, question) in enumerate(zip(samples, wrapped, strict=True)):
+        row, column = divmod(index, columns)
+        left = gap + column * (side + gap)
+        top = height - header - row * (card + gap)
+        box = (left / width, (top - side) / height, side / width, side / height)
+        _card(figure.add_axes(box), sample, question)
+    return figure
+
+
+def save(figure: Figure, file: str | Path) -> None:
+    """Write `figure` as a PNG, whole or not at all. Raises ZooError if that is impossible."""
+    file = Path(file)
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        figure.savefig(temporary, format="png", dpi=150)
+        temporary.replace(file)
+    except OSError as error:
+        raise ZooError(
+            f"{file} could not be written: {error.strerror}; make room or choose another folder"
+        ) from error
+
+
+def _curve(axes: Axes, shares: Mapping[int, float], label: str, **style: object) -> None:
+    percent = [100 * share for share in shares.values()]
+    axes.plot(list(shares), percent, label=label, markeredgecolor="white", **style)
+
+
+def _card(axes: Axes, sample: Sample, question: Sequence[str]) -> None:
+    """One picture with the text below it."""
+    axes.imshow(sample.picture, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    axes.set_title(sample.kind, fontsize=10, color=FAINT, loc="left", pad=4)
+    line = 0.6
+
+    def write(x: float, text: str, **style: object) -> None:
+        below = (0, -72 * _INCHES_PER_LINE * (line + 0.5))
+        axes.annotate(
+            text,
+            (x, 0),
+            xycoords="axes fraction",
+            xytext=below,
+            textcoords="offset points",
+            va="center",
+            annotation_clip=False,
+            **style,
+        )
+
+    for part in question:
+        write(0, part, fontsize=10.5, fontweight="bold", color=INK)
+        line += 1
+    line += 0.25
+    write(0, "right answer", fontsize=10, color=FAINT)
+    write(0.56, sample.expected, fontsize=10.5, color=INK)
+    line += 1
+    for budget, answer in sample.answers.items():
+        right = answer == sample.expected
+        colour, mark = (RIGHT, "✓") if right else (WRONG, "✗")
+        write(0, f"{budget} token{'' if budget == 1 else 's'}", fontsize=10, color=FAINT)
+        shown = textwrap.shorten(answer, 12, placeholder=" …") or "–"
+        write(0.56, shown, fontsize=10.5, fontweight="bold", color=colour)
+        write(1, mark, fontsize=11, fontweight="bold", color=colour, ha="right")
+        line += 1

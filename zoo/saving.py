@@ -1,0 +1,122 @@
+"""A trained model as a folder that needs nothing else.
+
+    params.safetensors   parameters, named "decoder/stack/layers/q/kernel"
+    config.json          layout version, configuration, cards of the systems in it, where it is from
+    processor.json, tokenizer.json   how pictures and text become arrays
+    manifest.json        length and digest of all files
+
+`zoo.load` reads it, see `zoo.loading`.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+from safetensors import SafetensorError
+from safetensors.flax import save_file
+
+from zoo.models.core import registry
+from zoo.models.core.codec import CLASS, encode
+from zoo.models.core.config import ModelConfig
+from zoo.models.core.errors import ZooError
+from zoo.models.core.tree import flatten_dict
+from zoo.processors.vlm import Processor
+from zoo.whole import check, write_manifest
+
+MODEL = "model"
+"""Name of the model's folder in the folder of a run."""
+
+LAYOUT = 1
+"""Version of the form described above; another one is refused."""
+
+PARAMS, CONFIG = "params.safetensors", "config.json"
+
+
+def save_model(
+    folder: str | Path,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    processor: Processor,
+    about: Mapping[str, Any],
+) -> Path:
+    """Write a model; `folder` then holds all of it, in place of what it held before.
+
+    Args:
+      folder: a new folder, or one that an earlier call has written.
+      config: builds the module.
+      params: its unboxed parameters.
+      processor: how pictures and text become its inputs.
+      about: plain facts worth keeping, such as the experiment and the step.
+
+    Raises:
+      ZooError: it could not be written; what was there before is untouched.
+    """
+    folder = Path(folder).absolute()
+    new, old = (folder.with_name(f".{folder.name}.{end}") for end in ("new", "old"))
+    settings = encode(config)
+    described = {
+        "layout": LAYOUT,
+        "model": settings,
+        "cards": [asdict(registry.card(slug)) for slug in _systems(settings)],
+        "about": dict(about),
+    }
+    try:
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        new.mkdir(parents=True)
+        flat = {"/".join(path): leaf for path, leaf in flatten_dict(jax.device_get(params)).items()}
+        save_file(flat, new / PARAMS, metadata={"layout": str(LAYOUT)})
+        processor.save(new)
+        (new / CONFIG).write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+        write_manifest(new)
+        _reach_the_disk(new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        raise ZooError(
+            f"the model could not be written to {folder}: {reason}; make room or choose another "
+            "folder, and run the same command again"
+        ) from error
+    return folder
+
+
+def saved_about(folder: str | Path) -> Mapping[str, Any] | None:
+    """What `save_model` was told about the model in `folder`; None if no whole model is there."""
+    if check(Path(folder)) is not None:
+        return None
+    about: Mapping[str, Any] = json.loads((Path(folder) / CONFIG).read_text("utf-8"))["about"]
+    return about
+
+
+def _systems(settings: Any) -> list[str]:
+    """Slugs of the systems that an encoded configuration is made of."""
+    homes = {row["module"]: slug for slug, row in registry.index().items()}
+    modules = {name.rpartition(".")[0] for name in _classes(settings)}
+    return sorted(slug for home, slug in homes.items() if home in modules)
+
+
+def _classes(tree: Any) -> Iterator[str]:
+    if isinstance(tree, dict):
+        yield tree[CLASS]
+    if isinstance(tree, dict | list):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _classes(value)
+
+
+def _reach_the_disk(folder: Path) -> None:
+    """Return when all files of `folder` would survive a power cut."""
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
