@@ -2,7 +2,8 @@
 
 The run folder is that of any training (see `zoo.train.folder`) with, at the end,
 
-    results.json             accuracy by number of vision tokens, over all and by kind of question
+    results.json             accuracy by number of vision tokens, over all and by kind of question;
+                             `seconds` are those of the sitting that finished it
     accuracy.png             the same as curves
     answers.png, sample.png  questions with the answers; a picture to try `zoo generate` on
 """
@@ -226,8 +227,7 @@ def show(outcome: Outcome) -> None:
         raise ValueError(
             f"{outcome.folder} was stopped after {outcome.step} steps: nothing to show"
         )
-    title = f"right answers to {results['questions']:,} questions about held-out scans"
-    table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False, box=None)
+    table = Table(pad_edge=False, box=None)
     table.add_column("vision tokens")
     for budget in results["accuracy"]:
         table.add_column(budget, justify="right", min_width=7)
@@ -236,9 +236,11 @@ def show(outcome: Outcome) -> None:
         style = "bold" if name == "all questions" else ""
         table.add_row(name, *(f"{share:.1%}" for share in shares.values()), style=style)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    console.print(f"right answers to {results['questions']:,} questions about held-out scans")
     console.print(table)
 
-    folder = Path(os.path.relpath(outcome.folder))
+    folder, here = outcome.folder, Path.cwd()
+    folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
     state = "was complete already" if outcome.was_complete else "complete"
     lines = [
         "",
@@ -270,9 +272,17 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a small vision-language model on real scans, judge it and show it. "
         "The same command continues what was interrupted.",
     )
-    parser.add_argument("--seed", type=int, help="another model and another order of the data")
-    parser.add_argument("--steps", type=int, help="train longer or shorter")
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), metavar="DIR")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="another model and another order of the data"
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="train longer or shorter")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/quickstart"),
+        metavar="DIR",
+        help="folder of the run (%(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print the results as one object")
     return parser
 

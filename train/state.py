@@ -107,7 +107,10 @@ def initial_state(
         )
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(init, out_shardings=shardings)(np.uint32(seed % 2**32))
+    # It runs once: on a CPU, optimising the many small random draws takes longer than drawing.
+    quick = {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else None
+    run = jax.jit(init, out_shardings=shardings, compiler_options=quick)
+    return run(np.uint32(seed % 2**32))
 
 
 def describe(abstract_params: Any) -> Iterator[str]:

@@ -8,10 +8,12 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 
 from zoo.models.core.errors import ZooError
 
@@ -21,6 +23,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 MARKERS = "osD^vP"
 RIGHT, WRONG = "#0072B2", "#D55E00"
 
+_FONT = get_font(findfont("DejaVu Sans"))  # comes with matplotlib
 _INCHES_PER_LINE = 0.19
 _LETTERS_PER_INCH = 12.4
 
@@ -60,39 +63,31 @@ def accuracy_figure(
     for kind, colour, marker in styles:
         _curve(axes, by_kind[kind], kind, color=colour, marker=marker, linewidth=1.5, markersize=6)
     _curve(axes, overall, "all questions", color=INK, marker="o", linewidth=3.2, markersize=8)
-    for budget, share in overall.items():
-        axes.annotate(
-            f"{100 * share:.0f} %",
-            (budget, 100 * share),
-            xytext=(0, -19),
-            textcoords="offset points",
-            ha="center",
-            fontsize=10,
-            fontweight="bold",
-            color=INK,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
-            zorder=5,
-        )
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(overall), [str(budget) for budget in overall])
     axes.minorticks_off()
+    # The numbers of the strong line, above it all, where they hide nothing.
+    top = axes.secondary_xaxis("top")
+    top.set_xticks(list(overall), [f"{100 * share:.0f} %" for share in overall.values()])
+    top.minorticks_off()
+    top.tick_params(labelsize=11, labelcolor=INK, length=0)
+    for label in top.get_xticklabels():
+        label.set_fontweight("bold")
+    top.spines[:].set_visible(False)
     axes.set_ylim(0, 104)
     axes.set_yticks(range(0, 101, 20))
     axes.set_xlabel("vision tokens per picture", fontsize=12, color=INK)
     axes.set_ylabel("right answers (%)", fontsize=12, color=INK)
-    axes.set_title(title, fontsize=13, fontweight="bold", loc="left", color=INK, pad=12)
+    axes.set_title(title, fontsize=13, fontweight="bold", loc="left", color=INK, pad=30)
     axes.grid(color=GRID, linewidth=0.9)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=11, colors=INK, length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(FAINT)
     # In the order in which the lines end, so that the eye finds them.
-    handles, labels = axes.get_legend_handles_labels()
-    ends = [float(np.asarray(line.get_ydata())[-1]) for line in handles]
-    order = np.argsort(ends, kind="stable")[::-1]
+    lines = sorted(axes.get_lines(), key=lambda line: np.asarray(line.get_ydata())[-1])
     figure.legend(
-        [handles[i] for i in order],
-        [labels[i] for i in order],
+        handles=lines[::-1],
         loc="outside right center",
         frameon=False,
         fontsize=11,
@@ -112,7 +107,8 @@ def answers_figure(samples: Sequence[Sample], *, title: str, columns: int = 5) -
     columns = min(columns, len(samples))
     rows = -(-len(samples) // columns)
     side, gap, header = 2.1, 0.28, 0.75
-    wrapped = [textwrap.wrap(s.question, int(side * _LETTERS_PER_INCH)) for s in samples]
+    letters = int(side * _LETTERS_PER_INCH)
+    wrapped = [textwrap.wrap(_printable(s.question), letters) for s in samples]
     lines = max(len(w) + 1 + len(s.answers) for w, s in zip(wrapped, samples, strict=True)) + 1.7
     card = side + lines * _INCHES_PER_LINE
     width = columns * side + (columns + 1) * gap
@@ -143,7 +139,7 @@ def save(figure: Figure, file: str | Path) -> None:
         ) from error
 
 
-def _curve(axes: Axes, shares: Mapping[int, float], label: str, **style: object) -> None:
+def _curve(axes: Axes, shares: Mapping[int, float], label: str, **style: Any) -> None:
     percent = [100 * share for share in shares.values()]
     axes.plot(list(shares), percent, label=label, markeredgecolor="white", **style)
 
@@ -157,7 +153,7 @@ def _card(axes: Axes, sample: Sample, question: Sequence[str]) -> None:
     axes.set_title(sample.kind, fontsize=10, color=FAINT, loc="left", pad=4)
     line = 0.6
 
-    def write(x: float, text: str, **style: object) -> None:
+    def write(x: float, text: str, **style: Any) -> None:
         below = (0, -72 * _INCHES_PER_LINE * (line + 0.5))
         axes.annotate(
             text,
@@ -167,6 +163,7 @@ def _card(axes: Axes, sample: Sample, question: Sequence[str]) -> None:
             textcoords="offset points",
             va="center",
             annotation_clip=False,
+            parse_math=False,
             **style,
         )
 
@@ -181,7 +178,13 @@ def _card(axes: Axes, sample: Sample, question: Sequence[str]) -> None:
         right = answer == sample.expected
         colour, mark = (RIGHT, "✓") if right else (WRONG, "✗")
         write(0, f"{budget} token{'' if budget == 1 else 's'}", fontsize=10, color=FAINT)
-        shown = textwrap.shorten(answer, 12, placeholder=" …") or "–"
+        shown = textwrap.shorten(_printable(answer), 12, placeholder=" …") or "–"
         write(0.56, shown, fontsize=10.5, fontweight="bold", color=colour)
         write(1, mark, fontsize=11, fontweight="bold", color=colour, ha="right")
         line += 1
+
+
+def _printable(text: str) -> str:
+    """`text` with a dot for all that the font has no sign for, such as an untrained model says."""
+    known = _FONT.get_charmap()
+    return "".join(sign if ord(sign) in known else "·" for sign in text)

@@ -71,8 +71,9 @@ def save_model(
         new.mkdir(parents=True)
         flat = {"/".join(path): leaf for path, leaf in flatten_dict(jax.device_get(params)).items()}
         save_file(flat, new / PARAMS, metadata={"layout": str(LAYOUT)})
-        processor.save(new)
         (new / CONFIG).write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+        shutil.copymode(new / CONFIG, new / PARAMS)  # the library lets nobody else read it
+        processor.save(new)
         write_manifest(new)
         _reach_the_disk(new)
         if folder.exists():

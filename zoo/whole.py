@@ -25,7 +25,8 @@ def write_atomically(file: Path, text: str) -> None:
 
 def write_manifest(folder: Path) -> None:
     """Declare `folder`, as it is now, to be whole."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    found = (file for file in folder.rglob("*") if file.is_file())
+    files = sorted(file for file in found if file != folder / MANIFEST)
     listed = {
         file.relative_to(folder).as_posix(): [file.stat().st_size, _digest(file)] for file in files
     }

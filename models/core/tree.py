@@ -10,7 +10,7 @@ __all__ = ["Path", "check_shape", "flatten_dict", "size_by_part", "unflatten_dic
 
 
 def check_shape(name: str, array: Any, want: str, *sizes: int | None) -> None:
-    """Raise `ValueError("name: got (…), want [B, N, D]")`: `array` has other `sizes`."""
+    """Raise `ValueError("name: got (…), want [B, N, D]")` unless `array` has `sizes`."""
     shape = tuple(array.shape)
     ok = len(shape) == len(sizes) and all(
         w is None or s == w for s, w in zip(shape, sizes, strict=True)

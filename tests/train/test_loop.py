@@ -79,6 +79,7 @@ def test_a_run_leaves_what_it_should(done):
             "checkpoints",
             "config.json",
             "metrics.jsonl",
+            "model",
             "processor",
             "tensorboard",
             "train.log",

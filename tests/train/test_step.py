@@ -46,10 +46,11 @@ def test_loss_is_the_mean_over_labelled_tokens_of_the_whole_batch():
     data = batch()
     params = jax.tree.map(
         lambda x: x.value if hasattr(x, "value") else x,
-        model.init(jax.random.key(0), data)["params"],
+        jax.jit(model.init)(jax.random.key(0), data)["params"],
         is_leaf=lambda x: hasattr(x, "value"),
     )
-    loss, metrics = NextToken().loss(model, params, data, jax.random.key(0), None)
+    objective, key = NextToken(), jax.random.key(0)
+    loss, metrics = jax.jit(lambda p, b: objective.loss(model, p, b, key, None))(params, data)
 
     hidden = model.apply({"params": params}, data).hidden
     logits = np.asarray(hidden @ params["embedding"].T, np.float64)

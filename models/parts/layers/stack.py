@@ -27,6 +27,9 @@ from flax import struct
 from zoo.models.core.tree import Path, flatten_dict, unflatten_dict
 from zoo.models.core.types import Array, Aux, Memory, Stream, Tokens
 
+_SCAN_FROM = 5
+"""Fewer repeats are unrolled: they compile as fast, and no loop has to stack what backward needs."""
+
 State = Any
 Run = Callable[[Stream, State], tuple[Stream, State, Aux]]
 Segment = tuple[int, int, int]
@@ -405,9 +408,12 @@ class Stack(nn.Module):
 
         carry = (stream, states if carries_state else None)
         xs = (jnp.arange(repeats), sliced, data)
-        if repeats == 1:
-            carry, ys = body(carry, jax.tree.map(lambda x: x[0], xs))
-            ys = jax.tree.map(lambda x: jnp.asarray(x)[None], ys)
+        if repeats < _SCAN_FROM:
+            parts = []
+            for j in range(repeats):
+                carry, part = body(carry, jax.tree.map(lambda x, j=j: x[j], xs))
+                parts.append(part)
+            ys = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
         else:
             carry, ys = jax.lax.scan(body, carry, xs)
         stream, cached = carry

@@ -1,0 +1,63 @@
+"""The notebooks: valid, without outputs, and executed from the first cell to the last."""
+
+import base64
+import io
+import os
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from PIL import Image
+
+from tests.conftest import REPO
+
+NOTEBOOKS = sorted((REPO / "colabs").glob("*.ipynb"))
+TINY = {
+    "01_quickstart.ipynb": """
+STEPS, PICTURES, VALIDATION_PICTURES, OUT = 3, 24, 8, "run"
+
+from dataclasses import replace
+from zoo.configs import digits_vqa, digits_vqa_tiny
+from zoo.train.objectives import NextToken
+
+tiny = replace(digits_vqa_tiny.config(), eval_examples=0, objective=NextToken((2, 4), masked=True))
+digits_vqa.config = lambda: tiny
+"""
+}
+"""What stands in the cell with parameters when the tests run it."""
+
+
+def test_every_notebook_is_tested():
+    assert {path.name for path in NOTEBOOKS} == set(TINY)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_form(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_execution(path, tmp_path, monkeypatch):
+    # The kernel is another process, on one device.
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    kept = [flag for flag in flags if "force_host_platform_device_count" not in flag]
+    monkeypatch.setenv("XLA_FLAGS", " ".join(kept))
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    notebook = nbformat.read(path, as_version=4)
+    (parameters,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", ())]
+    parameters.source = TINY[path.name]
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    shown = [
+        Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+        if "image/png" in output.get("data", {})
+    ]
+    assert [picture.width > 600 for picture in shown] == [True, True, False]
