@@ -18,6 +18,7 @@ import jax
 
 from zoo.cache import cache_folder, keep_compiled_programs
 from zoo.models.core.errors import UsageError, ZooError
+from zoo.models.core.names import tree_names
 from zoo.models.core.types import Batch
 from zoo.processors.vlm import Processor
 from zoo.saving import MODEL, save_model, saved_about
@@ -109,8 +110,8 @@ def train(
         stack.callback(journal.close)
         model, inputs = experiment.model.build(), experiment.model.inputs(1)
         schedule = learning_rate(experiment.optim, experiment.steps)
-        optimizer = make_optimizer(experiment.optim, experiment.steps)
         boxed = boxed_params(model, inputs)
+        optimizer = make_optimizer(experiment.optim, experiment.steps, tree_names(boxed))
         check_room(folder, state_bytes(boxed, optimizer), experiment.keep)
 
         # ───────────────────────────────── mesh ─────────────────────────────────

@@ -1,4 +1,4 @@
-"""The optimizer: global-norm clipping, AdamW, and the schedule of its learning rate."""
+"""The optimizer: global-norm clipping, AdamW or Muon, and the schedule of the learning rate."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -8,7 +8,7 @@ import optax
 
 from zoo.models.core.errors import UsageError
 
-Name = Literal["adamw"]
+Name = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "linear", "constant"]
 
 
@@ -17,8 +17,10 @@ class OptimConfig:
     """How parameters move.
 
     Attributes:
-      name: the algorithm.
-      lr: peak learning rate.
+      name: the algorithm. "muon" moves kernels by orthogonalised momentum and all else by AdamW. It
+        follows https://kellerjordan.github.io/posts/muon/, as optax has it.
+      lr: peak learning rate; with Muon, of the kernels.
+      adam_share: with Muon, the learning rate of all else as a share of `lr`.
       schedule: what the learning rate does between the warmup and the last step.
       warmup: steps of linear growth before the peak is reached.
       end: share of `lr` that cosine and linear schedules arrive at.
@@ -29,6 +31,7 @@ class OptimConfig:
 
     name: Name = "adamw"
     lr: float = 1e-3
+    adam_share: float = 0.15
     schedule: Schedule = "cosine"
     warmup: int = 100
     end: float = 0.0
@@ -47,6 +50,7 @@ class OptimConfig:
                 raise UsageError(f"optim.{field} is {value!r}: want one of {', '.join(choices)}")
         wants = {
             "lr": (self.lr > 0, "more than 0"),
+            "adam_share": (self.adam_share > 0, "more than 0"),
             "warmup": (self.warmup >= 0, "0 or more steps"),
             "end": (0 <= self.end <= 1, "a share from 0 to 1"),
             "b1": (0 <= self.b1 < 1, "from 0 to below 1"),
@@ -85,19 +89,60 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [config.warmup])
 
 
-def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """The transformation of gradients into updates for a run of `steps`."""
-    adamw = optax.adamw(
-        learning_rate(config, steps),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
-    )
+def make_optimizer(
+    config: OptimConfig, steps: int, names: Any = None
+) -> optax.GradientTransformation:
+    """The transformation of gradients into updates for a run of `steps`.
+
+    Args:
+      config: what to use.
+      steps: length of the run.
+      names: logical axis names of the parameters (`zoo.models.core.names.tree_names`), by which
+        Muon knows matrices; AdamW needs none.
+    """
+    schedule = learning_rate(config, steps)
+    if config.name == "muon":
+        moves = optax.contrib.muon(
+            schedule,
+            adam_learning_rate=lambda step: schedule(step) * config.adam_share,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=lambda _: matrix_axes(names),
+        )
+    else:
+        moves = optax.adamw(
+            schedule,
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
+        )
     if config.clip_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+        return moves
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), moves)
+
+
+def matrix_axes(names: Any) -> Any:
+    """How Muon reads each kernel as a matrix; None for what it does not move.
+
+    A kernel whose first axis is "embed" maps that one axis to the rest, any other all but the last
+    axis to the last. Stacked layers are matrices of their own. Embeddings of patches and words,
+    heads and tables are left to Adam.
+    """
+
+    def axes(path: Any, leaf: tuple[str | None, ...]) -> Any:
+        outside = {"conv_in", "vocab", "codes", "classes"}
+        if path[-1].key != "kernel" or outside.intersection(leaf):
+            return None
+        first = int(leaf[0] == "layers")
+        inputs = 1 if leaf[first] == "embed" else len(leaf) - first - 1
+        whole = tuple(range(first, len(leaf)))
+        return optax.contrib.MuonDimensionNumbers(whole[:inputs], whole[inputs:])
+
+    return jax.tree.map_with_path(axes, names, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
 def decay_mask(params: Any) -> Any:

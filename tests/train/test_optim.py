@@ -5,10 +5,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optax.contrib import MuonDimensionNumbers
 
 from tests.train.tiny import TinyConfig
 from zoo.models.core.errors import UsageError
-from zoo.train.optim import OptimConfig, decay_mask, learning_rate, make_optimizer
+from zoo.models.core.names import tree_names
+from zoo.models.core.registry import config as zoo_config
+from zoo.train.optim import (
+    OptimConfig,
+    decay_mask,
+    learning_rate,
+    make_optimizer,
+    matrix_axes,
+)
 from zoo.train.state import boxed_params
 
 
@@ -35,6 +44,30 @@ def test_decay_acts_on_kernels_alone():
         for p, m in jax.tree.leaves_with_path(mask)
     }
     assert {path for path, decays in flat.items() if decays} == {"up/kernel", "down/kernel"}
+
+
+def test_muon_moves_matrices_orthogonally_and_leaves_the_rest_to_adam():
+    model = zoo_config("mqt_tiny")
+    boxed = boxed_params(model.build(), model.inputs(1))
+    axes = matrix_axes(tree_names(boxed))
+    layer = axes["decoder"]["stack"]["layers"]
+    assert layer["q"]["kernel"] == MuonDimensionNumbers((1,), (2, 3))
+    assert layer["out"]["kernel"] == MuonDimensionNumbers((1, 2), (3,))
+    assert layer["down"]["kernel"] == MuonDimensionNumbers((1,), (2,))
+    assert axes["connector"]["out"]["kernel"] == MuonDimensionNumbers((0, 1), (2,))
+    assert axes["tower"]["patch"]["kernel"] is axes["decoder"]["lm_head"]["kernel"] is None
+    assert layer["attn_norm"]["scale"] is axes["decoder"]["embedding"]["embedding"] is None
+
+    names = {"kernel": ("layers", "embed", "mlp"), "bias": ("mlp",)}
+    params = {"kernel": jnp.zeros((2, 4, 6)), "bias": jnp.zeros(6)}
+    config = OptimConfig(name="muon", lr=0.1, warmup=0, schedule="constant", clip_norm=None)
+    optimizer = make_optimizer(config, 10, names)
+    grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
+    updates = jax.jit(lambda g: optimizer.update(g, optimizer.init(params), params)[0])(grads)
+    singular = np.linalg.svd(updates["kernel"], compute_uv=False)
+    assert (singular > 0.06).all()
+    assert (singular < 0.13).all()
+    np.testing.assert_allclose(np.abs(updates["bias"]), 0.1 * 0.15, rtol=1e-3)
 
 
 def test_gradients_are_clipped_by_their_global_norm():

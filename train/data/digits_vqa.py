@@ -51,6 +51,7 @@ class Scene:
       background: range of the brightness of the paper.
       ink: range of the brightness of the ink, drawn for each scan.
       noise: largest standard deviation of the noise laid over a picture, drawn for each picture.
+      questions: how many are asked about a picture, each of another of the five kinds.
     """
 
     canvas: int = 64
@@ -61,6 +62,7 @@ class Scene:
     background: tuple[int, int] = (0, 80)
     ink: tuple[int, int] = (150, 255)
     noise: float = 8.0
+    questions: int = 5
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_scans <= self.max_scans:
@@ -68,6 +70,8 @@ class Scene:
                 f"min_scans and max_scans are {self.min_scans} and {self.max_scans}: "
                 "want 1 <= min_scans <= max_scans"
             )
+        if not 1 <= self.questions <= len(KINDS):
+            raise UsageError(f"questions is {self.questions}: want 1 to {len(KINDS)}")
         if not 8 <= self.min_size <= self.max_size <= self.canvas:
             raise UsageError(
                 f"min_size, max_size and canvas are {self.min_size}, {self.max_size} and "
@@ -106,7 +110,7 @@ def scans(split: str) -> Scans:
 def compose(
     scene: Scene, source: Scans, rng: np.random.Generator
 ) -> tuple[np.ndarray, tuple[Question, ...]]:
-    """Compose one picture and ask one question of each kind about it, in random order.
+    """Compose one picture and ask questions of different kinds about it, in random order.
 
     Args:
       scene: how pictures look.
@@ -114,7 +118,7 @@ def compose(
       rng: decides everything; the same state gives the same picture to the last bit.
 
     Returns:
-      the picture [canvas, canvas] uint8 and five questions.
+      the picture [canvas, canvas] uint8 and `scene.questions` questions.
 
     Raises:
       UsageError if the scans do not fit beside each other.
@@ -130,7 +134,7 @@ def compose(
         patch += cover * (ink - patch)
     picture += rng.uniform(0, scene.noise) * rng.standard_normal(picture.shape, np.float32)
     asked = _ask(source.labels[chosen].tolist(), corners + sizes[:, None] / 2, scene.margin, rng)
-    return np.clip(np.round(picture), 0, 255).astype(np.uint8), asked
+    return np.clip(np.round(picture), 0, 255).astype(np.uint8), asked[: scene.questions]
 
 
 def every_text() -> Iterator[str]:

@@ -28,7 +28,8 @@ from zoo.models.core.tree import Path, flatten_dict, unflatten_dict
 from zoo.models.core.types import Array, Aux, Memory, Stream, Tokens
 
 _SCAN_FROM = 5
-"""Fewer repeats are unrolled: they compile as fast, and no loop has to stack what backward needs."""
+"""Fewer repeats are unrolled, which compiles as fast and need not stack what the gradient reads.
+"""
 
 State = Any
 Run = Callable[[Stream, State], tuple[Stream, State, Aux]]
