@@ -48,6 +48,7 @@ class Scene:
       canvas: side of the square picture.
       min_scans, max_scans: how many scans a picture shows, both ends included.
       min_size, max_size: side of an enlarged scan, both ends included.
+      cells: each scan lies somewhere in one cell of a grid of cells x cells; None: anywhere.
       background: range of the brightness of the paper.
       ink: range of the brightness of the ink, drawn for each scan.
       noise: largest standard deviation of the noise laid over a picture, drawn for each picture.
@@ -59,6 +60,7 @@ class Scene:
     max_scans: int = 3
     min_size: int = 16
     max_size: int = 26
+    cells: int | None = None
     background: tuple[int, int] = (0, 80)
     ink: tuple[int, int] = (150, 255)
     noise: float = 8.0
@@ -72,6 +74,11 @@ class Scene:
             )
         if not 1 <= self.questions <= len(KINDS):
             raise UsageError(f"questions is {self.questions}: want 1 to {len(KINDS)}")
+        if self.cells is not None and not 1 <= self.cells <= self.canvas // self.max_size:
+            raise UsageError(
+                f"cells is {self.cells}: want 1 to {self.canvas // self.max_size}, so that scans of "
+                f"{self.max_size} pixels fit into the cells of a canvas of {self.canvas}"
+            )
         if not 8 <= self.min_size <= self.max_size <= self.canvas:
             raise UsageError(
                 f"min_size, max_size and canvas are {self.min_size}, {self.max_size} and "
@@ -151,8 +158,14 @@ def _place(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarr
     a, b = _pairs(number)
     for _ in range(100):
         sizes = rng.integers(scene.min_size, scene.max_size + 1, size=number)
-        room = (scene.canvas - sizes + 1)[:, None]
-        corners = (rng.random((64, number, 2)) * room).astype(int)
+        if scene.cells is None:
+            room = (scene.canvas - sizes + 1)[:, None]
+            corners = (rng.random((64, number, 2)) * room).astype(int)
+        else:
+            side = scene.canvas // scene.cells
+            room = (side - sizes + 1)[:, None]
+            corners = side * rng.integers(scene.cells, size=(64, number, 2))
+            corners += (rng.random((64, number, 2)) * room).astype(int)
         centres = corners + sizes[:, None] / 2
         apart = np.abs(centres[:, a] - centres[:, b])  # [64, pairs, (x, y)]
         reach = (sizes[a] + sizes[b]) / 2 + 1

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from zoo.models.core.keytable import Row, Table, conv, flat, linear
 from zoo.models.core.tree import check_shape
@@ -13,6 +14,7 @@ from zoo.models.parts.layers.block import Block
 from zoo.models.parts.layers.embed import PatchEmbed
 from zoo.models.parts.layers.linear import table_init
 from zoo.models.parts.layers.norms import LayerNorm
+from zoo.models.parts.layers.positions import sincos_2d
 from zoo.models.parts.layers.stack import Stack, layers
 
 
@@ -73,9 +75,8 @@ class ViT(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.patch = PatchEmbed(c.patch_size, c.width, bias=not c.input_norm)
-        tokens = c.grid[0] * c.grid[1] + c.class_token
-        table = nn.with_logical_partitioning(table_init(c.width), ("positions", "embed"))
-        self.position = self.param("position", table, (tokens, c.width))
+        table = nn.with_logical_partitioning(self._first_positions, ("positions", "embed"))
+        self.position = self.param("position", table)
         if c.class_token:
             vector = nn.with_logical_partitioning(table_init(c.width), ("norm",))
             self.cls = self.param("cls", vector, (c.width,))
@@ -98,6 +99,13 @@ class ViT(nn.Module):
         )
         self.stack = Stack(layers(block, c.depth))
         self.final_norm = LayerNorm(c.norm_eps)
+
+    def _first_positions(self, key: Array) -> Array:
+        """Learned positions start from sines and cosines (as in MAE), so that near is alike."""
+        del key
+        c = self.config
+        table = 0.3 * sincos_2d(*c.grid, c.width)
+        return jnp.asarray(np.pad(table, ((int(c.class_token), 0), (0, 0))))
 
     def __call__(self, pixels: Array, *, taps: tuple[int, ...] = ()) -> Features:
         """Encode images.
