@@ -101,6 +101,7 @@ def main(argv: Sequence[str]) -> int:
         experiment = with_steps(experiment, args.steps)
     if args.seed is not None:
         experiment = replace(experiment, seed=args.seed)
+    _one_device_per_core(experiment.batch_size)
     outcome = quickstart(experiment, args.out)
     if args.json:
         facts = {
@@ -255,6 +256,19 @@ def show(outcome: Outcome) -> None:
         "  " + shlex.join(_example(folder, results["sample"])),
     ]
     console.print("\n".join(lines), soft_wrap=True, markup=False)
+
+
+def _one_device_per_core(batch_size: int) -> None:
+    """Without an accelerator, let each core be a device: small operations do not spread.
+
+    A choice of the user's, by `JAX_NUM_CPU_DEVICES` or `XLA_FLAGS`, stands.
+    """
+    if "XLA_FLAGS" in os.environ or "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # With many cores the shares become too small to be worth it.
+    devices = max(n for n in (1, 2, 4, 8) if n <= (cores or 1) and batch_size % n == 0)
+    jax.config.update("jax_num_cpu_devices", devices)
 
 
 def _example(folder: Path, sample: Mapping[str, str]) -> list[str]:

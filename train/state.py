@@ -68,13 +68,22 @@ def abstract_state(boxed: Any, optimizer: optax.GradientTransformation, mesh: Me
     shardings = tree_shardings(boxed, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     opt_state = jax.eval_shape(optimizer.init, params)
-    opt_shardings = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        opt_state,
-        shardings,
-        transform_non_params=lambda _: everywhere,
-    )
+    known = {
+        path: (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree.leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+        )
+    }
+
+    def follow(path: Any, leaf: Any) -> NamedSharding:
+        # What belongs to a parameter ends in its path and has its shape, whatever wraps it.
+        for start in range(len(path)):
+            shape, sharding = known.get(path[start:], (None, everywhere))
+            if shape == leaf.shape:
+                return sharding
+        return everywhere
+
+    opt_shardings = jax.tree.map_with_path(follow, opt_state)
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     return TrainState(
         step=scalar,

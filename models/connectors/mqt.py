@@ -184,7 +184,7 @@ VARIANTS = {
         ),
         vision_layer=-1,
         image_id=3,
-        text_tokens=40,
+        text_tokens=54,
     ),
     "mqt_tiny": LlavaConfig(
         tower=ViTConfig(image_size=16, patch_size=4, width=16, depth=3, num_heads=2, mlp_dim=32),

@@ -82,17 +82,15 @@ def test_every_answer_follows_from_the_reading():
         answers = {q.kind: (q.question, q.answer) for q in asked}
         row = [int(digit) for digit in answers["reading"][1].split()]
         true = {
-            "which digit is leftmost?": row[0],
-            "which digit is rightmost?": row[-1],
-            "how many digits are there?": len(row),
-            "how many digits are even?": sum(d % 2 == 0 for d in row),
-            "how many digits are odd?": sum(d % 2 == 1 for d in row),
-            "which digit has the highest value?": max(row),
-            "which digit has the lowest value?": min(row),
-            "is the leftmost digit greater than the rightmost?": "yes"
-            if row[0] > row[-1]
-            else "no",
-            "what is the sum of the digits?": sum(row),
+            "leftmost digit?": row[0],
+            "rightmost digit?": row[-1],
+            "how many digits?": len(row),
+            "how many even digits?": sum(d % 2 == 0 for d in row),
+            "how many odd digits?": sum(d % 2 == 1 for d in row),
+            "largest digit?": max(row),
+            "smallest digit?": min(row),
+            "is the leftmost digit larger than the rightmost?": "yes" if row[0] > row[-1] else "no",
+            "sum of the digits?": sum(row),
         }
         for kind in ("counting", "comparing", "summing"):
             question, answer = answers[kind]
@@ -101,8 +99,23 @@ def test_every_answer_follows_from_the_reading():
         if question in true:
             assert answer == str(true[question])
         else:
-            assert question in ("which digit is at the top?", "which digit is at the bottom?")
+            assert question in ("top digit?", "bottom digit?")
             assert int(answer) in row
+
+
+def test_cells_hold_whole_scans_and_questions_may_be_fewer():
+    scene = Scene(canvas=40, min_size=8, max_size=10, cells=4, noise=0.0, questions=2)
+    for index in range(50):
+        rng = np.random.default_rng(index)
+        sizes, corners = digits_vqa._place(scene, rng)
+        first, last = corners // 10, (corners + sizes[:, None] - 1) // 10
+        assert (first == last).all()
+        assert len(set(first[:, 0])) == len(sizes)  # each in a column of its own
+        assert len(compose(scene, scans("train"), rng)[1]) == 2
+    with pytest.raises(UsageError, match="cells is 4"):
+        Scene(canvas=40, min_size=8, max_size=11, cells=4)
+    with pytest.raises(UsageError, match="questions is 6"):
+        Scene(questions=6)
 
 
 def test_top_and_bottom_are_asked_for_only_where_they_are_clear():
@@ -111,9 +124,9 @@ def test_top_and_bottom_are_asked_for_only_where_they_are_clear():
     for seed in range(60):
         for q in digits_vqa._ask([7, 3, 5], centres, 8.0, np.random.default_rng(seed)):
             asked.setdefault(q.question, set()).add(q.answer)
-    assert asked["which digit is at the top?"] == {"7"}
-    assert asked["what are the digits from left to right?"] == {"3 5 7"}
-    assert "which digit is at the bottom?" not in asked  # 40 and 44 are too close
+    assert asked["top digit?"] == {"7"}
+    assert asked["digits from left to right?"] == {"3 5 7"}
+    assert "bottom digit?" not in asked  # 40 and 44 are too close
 
 
 def test_scans_stand_apart_within_the_canvas():

@@ -82,6 +82,7 @@ def test_batches_have_the_promised_shapes(processor):
         "ids": ((8, 64), "int32"),
         "labels": ((8, 64), "int32"),
         "text_mask": ((8, 64), "bool"),
+        "segments": ((8, 64), "int32"),
     }
 
 

@@ -88,7 +88,9 @@ def test_an_example_has_the_shapes_and_dtypes_of_a_batch_row(processor):
         "ids": ((24,), "int32"),
         "labels": ((24,), "int32"),
         "text_mask": ((24,), "bool"),
+        "segments": ((24,), "int32"),
     }
+    assert not example["segments"].any()
     ids, labels, mask = example["ids"], example["labels"], example["text_mask"]
     length = mask.sum()
     assert mask[:length].all()
@@ -98,6 +100,13 @@ def test_an_example_has_the_shapes_and_dtypes_of_a_batch_row(processor):
     learned = labels != -100
     assert np.array_equal(labels[learned], ids[learned])
     assert processor.decode(ids[learned]) == "a boat"
+
+
+def test_turns_that_are_independent_are_numbered(processor):
+    record = {"image": WIDE, "conversations": [("a?", "b"), ("c?", "d")], "independent": True}
+    segments = processor.encode(record)["segments"].tolist()
+    assert segments[:3] == [0, 0, 1]
+    assert sorted(set(segments)) == [0, 1, 2]
 
 
 def test_text_alone_has_the_same_shapes_and_masks_the_picture_out(processor):

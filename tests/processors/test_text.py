@@ -106,7 +106,8 @@ def test_decoding_stops_at_the_end_of_the_answer(tokenizer):
 
 def test_only_answers_and_their_ends_are_learned(tokenizer):
     t = tokenizer
-    ids, labels = chat.conversation(t, [("which digit is leftmost?", "7"), ("yes?", " no ")])
+    turns = [("which digit is leftmost?", "7"), ("yes?", " no ")]
+    ids, labels, numbers = chat.conversation(t, turns)
     first, second = t.encode(" which digit is leftmost?"), t.encode(" yes?")
     seven, no = t.encode(" 7"), t.encode(" no")
     expected = [t.bos, t.image, t.user, *first, t.assistant, *seven, t.eos]
@@ -115,10 +116,11 @@ def test_only_answers_and_their_ends_are_learned(tokenizer):
     learned = [(i, label) for i, label in enumerate(labels) if label != chat.IGNORE]
     ends = [i for i, token in enumerate(ids) if token == t.eos]
     assert learned == [(i, ids[i]) for end in ends for i in (end - 1, end)]
+    assert numbers == [0, 0] + [1] * (len(first) + 4) + [2] * (len(second) + 4)
 
 
 def test_a_prompt_is_the_beginning_of_its_conversation(tokenizer):
-    ids, _ = chat.conversation(tokenizer, [("yes?", "no")])
+    ids, _, _ = chat.conversation(tokenizer, [("yes?", "no")])
     prompt = chat.prompt(tokenizer, " yes? ")
     assert ids[: len(prompt)] == prompt
     assert prompt[-1] == tokenizer.assistant

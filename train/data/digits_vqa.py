@@ -76,8 +76,8 @@ class Scene:
             raise UsageError(f"questions is {self.questions}: want 1 to {len(KINDS)}")
         if self.cells is not None and not 1 <= self.cells <= self.canvas // self.max_size:
             raise UsageError(
-                f"cells is {self.cells}: want 1 to {self.canvas // self.max_size}, so that scans of "
-                f"{self.max_size} pixels fit into the cells of a canvas of {self.canvas}"
+                f"cells is {self.cells}: want 1 to {self.canvas // self.max_size}, so that scans "
+                f"of {self.max_size} pixels fit into the cells of a canvas of {self.canvas}"
             )
         if not 8 <= self.min_size <= self.max_size <= self.canvas:
             raise UsageError(
