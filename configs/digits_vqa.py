@@ -19,15 +19,15 @@ def config() -> Experiment:
         max_size=10,
         cells=4,
         noise=3.0,
-        background=(0, 60),
-        ink=(160, 255),
+        background=(0, 40),
+        ink=(180, 255),
     )
     return Experiment(
         name="digits_vqa",
         model=model,
         data=DigitsVQA(pictures=10_000, validation_pictures=300, scene=scene),
-        steps=1_250,
-        batch_size=48,
+        steps=1_000,
+        batch_size=64,
         # One program for all budgets: compiling eight would take longer than all the rest.
         objective=NextToken(training_budgets(model.connector.num_queries), masked=True),
         processor=ProcessorConfig(vocab_size=model.decoder.vocab_size),

@@ -65,8 +65,9 @@ def test_muon_moves_matrices_orthogonally_and_leaves_the_rest_to_adam():
     grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
     updates = jax.jit(lambda g: optimizer.update(g, optimizer.init(params), params)[0])(grads)
     singular = np.linalg.svd(updates["kernel"], compute_uv=False)
-    assert (singular > 0.06).all()
-    assert (singular < 0.13).all()
+    # Newton-Schulz brings them to about 0.7 to 1.2 of lr * sqrt(rows / columns), either way round.
+    assert (singular > 0.07).all()
+    assert (singular < 0.15).all()
     np.testing.assert_allclose(np.abs(updates["bias"]), 0.1 * 0.15, rtol=1e-3)
 
 
