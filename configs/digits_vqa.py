@@ -19,14 +19,14 @@ def config() -> Experiment:
         max_size=10,
         cells=4,
         noise=3.0,
-        background=(0, 40),
-        ink=(180, 255),
+        background=(0, 60),
+        ink=(160, 255),
     )
     return Experiment(
         name="digits_vqa",
         model=model,
-        data=DigitsVQA(pictures=10_000, validation_pictures=300, scene=scene),
-        steps=1_000,
+        data=DigitsVQA(pictures=12_000, validation_pictures=500, scene=scene),
+        steps=1_450,
         batch_size=64,
         # One program for all budgets: compiling eight would take longer than all the rest.
         objective=NextToken(training_budgets(model.connector.num_queries), masked=True),
@@ -34,6 +34,6 @@ def config() -> Experiment:
         # Muon learns to see the digits in a fraction of the steps that AdamW takes.
         optim=OptimConfig(name="muon", lr=1.5e-2, b2=0.98, warmup=50, end=0.01),
         log_every=20,
-        save_every=250,
+        save_every=200,
         keep=2,
     )
