@@ -7,7 +7,6 @@ folder without it is unfinished, and one that differs from it is damaged.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -33,13 +32,8 @@ def write_manifest(folder: Path) -> None:
     write_atomically(folder / MANIFEST, json.dumps({"files": listed}, indent=1) + "\n")
 
 
-def check(folder: Path, parts: Sequence[str] = ("",)) -> str | None:
-    """What is wrong with `folder`, or None.
-
-    Args:
-      folder: one with a manifest.
-      parts: only files below these names are read, such as `("params/",)`.
-    """
+def check(folder: Path) -> str | None:
+    """What is wrong with `folder`, which has a manifest, or None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
         files = dict(manifest["files"])
@@ -48,8 +42,6 @@ def check(folder: Path, parts: Sequence[str] = ("",)) -> str | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} is damaged ({error})"
     for name, (size, digest) in files.items():
-        if not name.startswith(tuple(parts)):
-            continue
         file = folder / name
         try:
             found = file.stat().st_size

@@ -257,15 +257,6 @@ class Stack(nn.Module):
             aux.extend(reports)
         return stream, (None if states is None else tuple(out_states)), tuple(aux)
 
-    def per_step(self, states: Any, start: int = 0, stop: int | None = None) -> tuple[State, ...]:
-        """The states of the steps `start` to `stop` in order, unstacked; for inspection."""
-        segments = self._segments(start, len(self.steps) if stop is None else stop)
-        out: list[State] = []
-        for (_, period, repeats), segment in zip(segments, states, strict=True):
-            for j in range(repeats):
-                out.extend(jax.tree.map(lambda x, j=j: x[j], segment[o]) for o in range(period))
-        return tuple(out)
-
     # ------------------------------------------------------------------ layout
 
     def _stacks(self) -> tuple[str, ...]:
