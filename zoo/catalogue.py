@@ -1,8 +1,8 @@
-"""The generated catalogue: `models/core/index.json` and `docs/catalogue.md`, from what is there.
+"""The generated catalogue: `models/core/{index,bases}.json` and `docs/catalogue.md`.
 
-`python -m zoo.catalogue` writes both; with `--check` it only says whether they are up to date. A
-system is `planned` until its file calls `register`; from then on its status is read off the
-evidence, the highest rung that it holds with all those before:
+`python -m zoo.catalogue` writes them from what is there; with `--check` it only says whether they
+are up to date. A system is `planned` until its file calls `register`; from then on its status is
+read off the evidence, the highest rung that it holds with all those before:
 
     shapes    it is registered, so that the suite runs all of its variants by shape
     parity    tests/parity/<slug>.py runs the official code's records tests/goldens/<slug>/*.npz
@@ -23,6 +23,7 @@ from zoo.models.core.card import System, systems
 from zoo.models.core.errors import ZooError
 
 INDEX = "models/core/index.json"
+BASES = "models/core/bases.json"
 TABLE = "docs/catalogue.md"
 
 HOMES = {
@@ -126,8 +127,30 @@ def check_result(path: Path, variants: Sequence[str]) -> None:
         raise ZooError(f"{path}: missing or wrong: {', '.join(bad)}")
 
 
+def build_bases(root: Path) -> dict[str, dict[str, Any]]:
+    """The contents of the index of bases: every one with its module, variants and model types.
+
+    Raises:
+      ZooError: if a file of `models/base` does not register the base that it is called after.
+    """
+    found = {}
+    for path in sorted((root / "models" / "base").glob("[!_]*.py")):
+        module = _module_name(root, path)
+        importlib.import_module(module)
+        try:
+            base = registry.bases()[path.stem]
+        except KeyError:
+            raise ZooError(f"{path}: registers no base that is called {path.stem!r}") from None
+        found[path.stem] = {
+            "module": module,
+            "variants": list(base.variants),
+            "model_types": list(base.hf),
+        }
+    return found
+
+
 def render_index(index: dict[str, dict[str, Any]]) -> str:
-    """The text of `models/core/index.json`."""
+    """The text of an index file."""
     return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -156,7 +179,8 @@ def render_table(root: Path, index: dict[str, dict[str, Any]]) -> str:
 def generate(root: Path) -> dict[str, str]:
     """What the generated files should hold now: {path from the root: text}."""
     index = build_index(root)
-    return {INDEX: render_index(index), TABLE: render_table(root, index)}
+    bases = render_index(build_bases(root))
+    return {INDEX: render_index(index), BASES: bases, TABLE: render_table(root, index)}
 
 
 def stale(root: Path) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Systems that are connectors: from vision tokens to decoder tokens."""

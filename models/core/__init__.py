@@ -1,1 +1,1 @@
-"""TODO."""
+"""The ground floor: data types, names, cards, the registry, key tables."""

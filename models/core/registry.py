@@ -23,6 +23,7 @@ from zoo.models.core.errors import UsageError
 if TYPE_CHECKING:
     import flax.linen as nn
 
+    from zoo.models.core.hf import Fields
     from zoo.models.core.keytable import Table
 
 STATUSES = ("planned", "shapes", "parity", "trained")
@@ -45,6 +46,30 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Base:
+    """An architecture that systems start from, as the Hugging Face hub knows it.
+
+    Attributes:
+      slug: its name here, and of its file in `zoo/models/base/`.
+      title: what it is, in a few words.
+      paper: "arXiv:<id>", or empty.
+      variants: published sizes by name; the first one is the default.
+      table: from a configuration to the key table of the hub's checkpoints; `zoo export` writes it.
+      hf: {`model_type`: reader of its `config.json`}.
+      renames: (regular expression, replacement) pairs that turn keys of other layouts of the same
+        checkpoint into those of `table`; every pair is applied to every key, in order.
+    """
+
+    slug: str
+    title: str
+    paper: str
+    variants: Mapping[str, ModelConfig]
+    table: "Callable[[Any], Table]"
+    hf: "Mapping[str, Callable[[Fields], ModelConfig]]"
+    renames: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class Listing:
     """One line of the catalogue.
 
@@ -63,6 +88,7 @@ class Listing:
 
 
 _entries: dict[str, Entry] = {}
+_bases: dict[str, Base] = {}
 
 
 def register(
@@ -96,6 +122,82 @@ def register(
     _entries[card.slug] = Entry(card, MappingProxyType(dict(variants)), table)
 
 
+def register_base(base: Base) -> None:
+    """Make an architecture known under its slug, its variants and its model types.
+
+    Raises:
+      UsageError: if a name or a model type is taken.
+    """
+    for name in (base.slug, *base.variants):
+        owner = next((b.slug for b in _bases.values() if name in (b.slug, *b.variants)), None)
+        if owner is None and name in systems():
+            owner = name
+        if owner is not None:
+            raise UsageError(f"register_base({base.slug}): the name {name!r} belongs to {owner}")
+    for kind in base.hf:
+        if owner := next((b.slug for b in _bases.values() if kind in b.hf), None):
+            raise UsageError(f"register_base({base.slug}): {kind!r} is read by {owner}")
+    _bases[base.slug] = base
+
+
+@cache
+def base_index() -> Mapping[str, Mapping[str, Any]]:
+    """The generated index of bases: {slug: {"module", "variants", "model_types"}}."""
+    text = files("zoo.models.core").joinpath("bases.json").read_text(encoding="utf-8")
+    return MappingProxyType(json.loads(text))
+
+
+def bases() -> Mapping[str, Base]:
+    """The bases whose files have been imported so far, by slug."""
+    return MappingProxyType(_bases)
+
+
+def base(name: str) -> Base:
+    """The base of a slug or variant name, its file imported if need be.
+
+    Raises:
+      UsageError: if no base is called so, with the nearest names.
+    """
+    rows = {slug: (slug, *row["variants"]) for slug, row in base_index().items()}
+    rows |= {slug: (slug, *entry.variants) for slug, entry in _bases.items()}
+    slug = next((slug for slug, names in rows.items() if name in names), None)
+    if slug is None:
+        known = [name for names in rows.values() for name in names]
+        raise UsageError(f"no base model is called {name!r}{nearest(name, known)}")
+    if slug not in _bases:
+        importlib.import_module(base_index()[slug]["module"])
+    return _bases[slug]
+
+
+def base_of(model_type: str) -> Base:
+    """The base that reads configurations of `model_type`, its file imported if need be.
+
+    Raises:
+      UsageError: if there is none, with the nearest model types.
+    """
+    for slug, entry in _bases.items():
+        if model_type in entry.hf:
+            return _bases[slug]
+    for slug, row in base_index().items():
+        if model_type in row["model_types"]:
+            return base(slug)
+    known = sorted(kind for row in base_index().values() for kind in row["model_types"])
+    raise UsageError(
+        f"model_type {model_type!r} is not one that this zoo reads"
+        f"{nearest(model_type, known) or '; it reads ' + ', '.join(known)}"
+    )
+
+
+def read_hf(fields: "Fields") -> ModelConfig:
+    """The configuration that a Hugging Face `config.json` describes.
+
+    Raises:
+      UsageError: an unknown `model_type`, or a field that may change the numbers and is not
+        understood.
+    """
+    return base_of(fields.model_type).hf[fields.model_type](fields)
+
+
 @cache
 def index() -> Mapping[str, Mapping[str, Any]]:
     """The generated index of systems that have code: {slug: {"module", "variants", "status"}}."""
@@ -126,6 +228,7 @@ def resolve(name: str) -> tuple[str, str]:
         why = "is a survey: there is nothing to build" if survey else "has no code yet"
         raise UsageError(f"{name} {why}; built so far: {', '.join(sorted(variants)) or 'nothing'}")
     known = [*systems(), *(variant for names in variants.values() for variant in names)]
+    known += [variant for slug, row in base_index().items() for variant in (slug, *row["variants"])]
     raise UsageError(f"unknown name {name!r}{nearest(name, known)}")
 
 
@@ -154,8 +257,7 @@ def config(name: str, **overrides: Any) -> ModelConfig:
       UsageError: for an unknown name or field (with the nearest ones), an ambiguous field (with its
         paths), or a value of the wrong type.
     """
-    _, variant = resolve(name)
-    chosen = entry(name).variants[variant]
+    variant, chosen = _variant(name)
     for field, value in overrides.items():
         chosen = _replace(chosen, _find(chosen, field, variant).split("."), value, variant)
     return chosen
@@ -219,6 +321,16 @@ def list_models(
 ) -> list[str]:
     """Slugs of the systems, built or planned, that meet the conditions of `listings`."""
     return [line.slug for line in listings(pattern, kind=kind, status=status)]
+
+
+def _variant(name: str) -> tuple[str, ModelConfig]:
+    """The variant that a name of a system or of a base stands for, and its configuration."""
+    if any(name in (slug, *row["variants"]) for slug, row in base_index().items()):
+        variants = base(name).variants
+        variant = name if name in variants else next(iter(variants))
+        return variant, variants[variant]
+    _, variant = resolve(name)
+    return variant, entry(name).variants[variant]
 
 
 def _matches(line: Listing, pattern: str) -> bool:

@@ -6,14 +6,25 @@ head_dim, V vocabulary.
 
 A *batch* is a flat mapping of reserved names to arrays; a model reads those that it knows:
 
-    pixels     [B, M, H, W, C] float32, normalised; absent for text only
-    ids        [B, T] int32, one placeholder id per image, exactly M of them in every row
+    pixels     [B, M, H, W, C] float32, normalised: M images or tiles of images, in the order of
+               their placeholders, zeros where a row has fewer; absent for text only
+    ids        [B, T] int32, one placeholder id per image, the same number I of them in every row:
+               unused ones stand in the padding, `text_mask` False
+    sizes      [B, I] int32, how many vision tokens take the place of each placeholder; absent where
+               every image has the same number (I = M)
+    layout     [B, S] int32, which of a row's vision tokens (M Q of them in the order of `pixels`,
+               then those that the model adds, such as a newline) stands in each of its S slots, in
+               reading order; [B, S, 4] with `blend` [B, S, 4] float32: a weighted sum of four.
+               Absent: 0, 1, 2, ...
+    positions  [B, L, 3] float32, the rotary positions (time, row, column) of the expanded sequence,
+               for models that have them
+    patches    [B, P, C'] float32, flattened patches of images in their native resolution, for
+               towers that take these instead of `pixels`; what goes with them is told there
     labels     [B, T] int32, aligned with `ids`; `IGNORE` where nothing is learned
     text_mask  [B, T] bool, False on padding
     segments   [B, T] int32: 0 is seen by all that comes after it, every other number only by its
-    own kind, so that
-               several questions about one picture stand side by side without seeing each other.
-               Absent: all 0
+               own kind, so that several questions about one picture stand side by side without
+               seeing each other. Absent: all 0
 """
 
 from collections.abc import Mapping

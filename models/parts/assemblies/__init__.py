@@ -1,1 +1,1 @@
-"""TODO."""
+"""Whole models, composed from towers, connectors and decoders."""

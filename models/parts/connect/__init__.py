@@ -1,1 +1,1 @@
-"""TODO."""
+"""Connectors: from vision tokens to decoder tokens."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Language models' decoders."""

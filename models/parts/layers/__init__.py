@@ -1,1 +1,1 @@
-"""TODO."""
+"""Layers, and the stack that runs them."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Vision towers."""
