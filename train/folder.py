@@ -10,9 +10,7 @@ train.log        what was said, and a description of all parameters
 """
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,37 +24,6 @@ from zoo.train.config import Experiment, forbidden
 from zoo.whole import write_atomically
 
 CONFIG, CHECKPOINTS, PROCESSOR, LOG = "config.json", "checkpoints", "processor", "train.log"
-
-
-@contextlib.contextmanager
-def locked(folder: str | Path) -> Iterator[Path]:
-    """Make the folder if need be and keep other runs out of it; a killed run keeps nobody out.
-
-    Raises:
-      ZooError: the folder cannot be written, or another run is in it.
-    """
-    folder = Path(folder).absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+")  # noqa: SIM115 (closed below, where the lock ends)
-    except OSError as error:
-        raise ZooError(
-            f"cannot write to {folder}: {error.strerror}; choose another output folder"
-        ) from error
-    with lock:
-        try:
-            # Worker processes, which may outlive a killed run, do not inherit a lock of this kind.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise ZooError(
-                f"another run (process {lock.read().strip() or '?'}) is writing to {folder}: wait "
-                "for it, stop it, or choose another output folder"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield folder
 
 
 def claim(folder: Path, experiment: Experiment) -> None:

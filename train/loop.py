@@ -25,7 +25,7 @@ from zoo.saving import MODEL, save_model, saved_about
 from zoo.train.checkpoint import Checkpoints
 from zoo.train.config import Experiment
 from zoo.train.data.pipeline import BatchIterator, Pipeline
-from zoo.train.folder import CHECKPOINTS, LOG, check_room, claim, locked, processor_of, writing
+from zoo.train.folder import CHECKPOINTS, LOG, check_room, claim, processor_of, writing
 from zoo.train.mesh import batch_sharding, check_batch_size, make_mesh, put_batch
 from zoo.train.metrics import Journal, MetricsWriter
 from zoo.train.optim import learning_rate, make_optimizer
@@ -41,6 +41,7 @@ from zoo.train.state import (
 )
 from zoo.train.step import EvalStep, make_eval_step, make_train_step
 from zoo.train.stop import StopRequest
+from zoo.whole import locked
 
 OnEval = Callable[[nn.Module, Any, int], Mapping[str, float]]
 

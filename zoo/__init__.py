@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zoo.costing import Cost, cost
     from zoo.loading import load
     from zoo.models.core.card import Card
     from zoo.models.core.errors import UsageError, ZooError
@@ -17,11 +18,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Card",
+    "Cost",
     "UsageError",
     "ZooError",
     "__version__",
     "card",
     "config",
+    "cost",
     "create",
     "list_models",
     "load",
@@ -29,10 +32,12 @@ __all__ = [
 
 _HOMES = {
     "Card": "zoo.models.core.card",
+    "Cost": "zoo.costing",
     "UsageError": "zoo.models.core.errors",
     "ZooError": "zoo.models.core.errors",
     "card": "zoo.models.core.registry",
     "config": "zoo.models.core.registry",
+    "cost": "zoo.costing",
     "create": "zoo.models.core.registry",
     "list_models": "zoo.models.core.registry",
     "load": "zoo.loading",

@@ -154,7 +154,9 @@ def render_index(index: dict[str, dict[str, Any]]) -> str:
     return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
 
 
-def render_table(root: Path, index: dict[str, dict[str, Any]]) -> str:
+def render_table(
+    root: Path, index: dict[str, dict[str, Any]], bases: dict[str, dict[str, Any]]
+) -> str:
     """The text of `docs/catalogue.md`."""
     statuses = {slug: index.get(slug, {}).get("status", "planned") for slug in systems()}
     counts = [f"{list(statuses.values()).count(each)} {each}" for each in registry.STATUSES]
@@ -173,14 +175,29 @@ def render_table(root: Path, index: dict[str, dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     lines += [_table_row(root, entry, statuses[slug]) for slug, entry in systems().items()]
+    lines += [
+        "",
+        "## Base models",
+        "",
+        "What the systems start from. `zoo.load` reads checkpoints of these `model_type`s from a",
+        "folder or the Hugging Face hub, `zoo.create` makes the sizes.",
+        "",
+        "| base | what it is | model_type | sizes |",
+        "|---|---|---|---|",
+    ]
+    lines += [_base_row(registry.bases()[slug], row) for slug, row in bases.items()]
     return "\n".join(lines) + "\n"
 
 
 def generate(root: Path) -> dict[str, str]:
     """What the generated files should hold now: {path from the root: text}."""
     index = build_index(root)
-    bases = render_index(build_bases(root))
-    return {INDEX: render_index(index), BASES: bases, TABLE: render_table(root, index)}
+    bases = build_bases(root)
+    return {
+        INDEX: render_index(index),
+        BASES: render_index(bases),
+        TABLE: render_table(root, index, bases),
+    }
 
 
 def stale(root: Path) -> dict[str, str]:
@@ -230,6 +247,13 @@ def _table_row(root: Path, entry: System, status: str) -> str:
     name = "" if entry.title.startswith(entry.name) else f"{entry.name}: "
     cells = (slug, name + title, entry.kind, entry.scope, status)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _base_row(base: registry.Base, row: dict[str, Any]) -> str:
+    number = base.paper.removeprefix("arXiv:")
+    title = f"[{base.title}](https://arxiv.org/abs/{number})" if number else base.title
+    names = (", ".join(f"`{name}`" for name in row[key]) for key in ("model_types", "variants"))
+    return f"| `{base.slug}` | {title} | {' | '.join(names)} |"
 
 
 if __name__ == "__main__":

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 ELSEWHERE = {
     "quickstart": ("zoo.train.quickstart", "train a small model on real scans and show it"),
     "train": ("zoo.train.cli", "train by a configuration"),
+    "convert": ("zoo.convert.cli.convert", "turn a Hugging Face checkpoint into a folder of ours"),
+    "export": ("zoo.convert.cli.export", "turn a converted model back into what it was"),
+    "verify": ("zoo.convert.cli.verify", "compare a checkpoint with the original code"),
+    "cost": ("zoo.costing", "count parameters, FLOPs, caches and memory by shapes alone"),
     "generate": ("zoo.generate.cli", "answer a question about a picture with a trained model"),
 }
 """Commands with a `main(argv) -> int` of their own, and the modules where it is."""

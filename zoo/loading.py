@@ -1,146 +1,133 @@
-"""A trained model from the folder that it was saved in, ready to be asked."""
+"""A model from wherever it is, ready to be asked: a training run, a converted checkpoint, a Hugging
+Face checkpoint in a folder or on the hub.
+"""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.flax import load_file
+from jax.sharding import Mesh
 
-from zoo.generate.autoregressive import generate
-from zoo.images import Source
-from zoo.models.core.codec import decode
-from zoo.models.core.config import ModelConfig
-from zoo.models.core.errors import UsageError, ZooError
-from zoo.models.core.tree import flatten_dict, unflatten_dict
-from zoo.models.core.types import Array, Batch
+from zoo.convert.checkpoint import open_checkpoint
+from zoo.convert.folder import is_checkpoint
+from zoo.convert.hub import folder_of
+from zoo.convert.parts import StoredParts
+from zoo.convert.place import (
+    abstract_params,
+    as_float,
+    flat_paths,
+    place,
+    shardings_of,
+)
+from zoo.convert.safetensors import read_safetensors
+from zoo.loaded import Loaded
+from zoo.models.core.config import ModelConfig, with_dtype
+from zoo.models.core.errors import ZooError
+from zoo.models.core.keytable import Piece
 from zoo.processors.vlm import Processor
-from zoo.saving import CONFIG, LAYOUT, MODEL, PARAMS
-from zoo.whole import MANIFEST, check
+from zoo.saving import CONFIG, MODEL, PARAMS, SOURCE, TENSORS, read_description
+from zoo.whole import MANIFEST
+
+_PROCESSING = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+"""A checkpoint with none of these files comes without a processor."""
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model with everything that it needs.
-
-    Attributes:
-      folder: where it was loaded from.
-      config: builds the module.
-      model: the Flax module.
-      params: its parameters; `model.apply({"params": params}, batch)`.
-      processor: from pictures and text to batches, and from ids to text.
-      about: where it is from, such as the experiment and the step.
-    """
-
-    folder: Path
-    config: ModelConfig
-    model: nn.Module
-    params: Any
-    processor: Processor
-    about: dict[str, Any]
-
-    def generate(
-        self,
-        image: Source | None,
-        prompt: str,
-        *,
-        budget: int | None = None,
-        max_new_tokens: int = 64,
-    ) -> str:
-        """Answer one question about one picture.
-
-        Args:
-          image: a file, the bytes of one, a PIL image or an array; None for text alone.
-          prompt: the question.
-          budget: how many vision tokens the picture may take; by default all that the model has.
-          max_new_tokens: where an answer is cut off at the latest.
-
-        Raises:
-          ZooError: the picture cannot be read, or the prompt is empty or too long.
-          UsageError: the model cannot take this budget.
-        """
-        batch = self.processor.encode_prompt(image, prompt)
-        return self.answers(batch, budget=budget, max_new_tokens=max_new_tokens)[0]
-
-    def answers(
-        self, batch: Batch, *, budget: int | Array | None = None, max_new_tokens: int = 64
-    ) -> list[str]:
-        """Answer a batch of prompts, as `processor.encode_prompt` makes it.
-
-        Args:
-          batch: the prompts.
-          budget: as in `generate`, or an array as `zoo.generate.autoregressive.generate` takes it.
-          max_new_tokens: as in `generate`.
-
-        Raises:
-          UsageError: the model cannot take this budget.
-        """
-        eos = self.processor.tokenizer.eos
-        options: dict[str, Any] = {"eos_id": eos, "max_new_tokens": max_new_tokens}
-        try:
-            ids = generate(self.model, self.params, batch, budget=budget, **options)
-        except ValueError as error:
-            if budget is None:
-                raise
-            raise UsageError(str(error)) from error
-        return [self.processor.decode(row) for row in np.asarray(ids)]
-
-
-def load(folder: str | Path) -> Loaded:
-    """Load a trained model.
+def load(source: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> Loaded:
+    """Load a model.
 
     Args:
-      folder: of a training run, or what `zoo.saving.save_model` has written.
+      source: the folder of a training run, of what `zoo convert` has made, or of a Hugging Face
+        checkpoint; or the name of one on the hub, "organisation/name" or
+        "organisation/name@revision".
+      mesh: devices to lay the parameters out on, with axes named as in
+        `zoo.models.core.names.MESH_AXES`; by default all lie on one device.
+      dtype: "float32", "bfloat16" or "float16", of parameters and computation. By default
+        parameters keep the dtype that they are stored in, and what is computed from them is
+        float32.
 
     Raises:
-      ZooError: there is no model (then with how far its training is), or it is damaged, of another
-        version, or not the one that its configuration describes.
+      UsageError: a dtype that is none of these; an architecture or a setting that is not
+        understood.
+      ZooError: there is no model (of an unfinished training, with how far it is), or it is damaged,
+        of another version, or not the one that its configuration describes.
     """
-    folder = _find(Path(folder))
-    if problem := check(folder):
-        raise ZooError(
-            f"the model in {folder} cannot be used: {problem}; copy it again, or delete it and run "
-            "the training command again, which writes it anew"
-        )
-    file = folder / CONFIG
-    described = json.loads(file.read_text("utf-8"))
-    if described.get("layout") != LAYOUT:
-        raise ZooError(
-            f"{file}: its layout is {described.get('layout')!r} and this version reads {LAYOUT}: "
-            "load it with the version that wrote it"
-        )
-    config = decode(described["model"])
-    if not isinstance(config, ModelConfig):
-        raise ZooError(f"{file} describes no model")
-    model, processor = config.build(), Processor.load(folder)
-    return Loaded(folder, config, model, _params(folder, config), processor, described["about"])
+    target = as_float(dtype)
+    folder = _find(folder_of(source))
+    theirs = open_checkpoint(folder) if is_checkpoint(folder) else None
+    if theirs is not None:
+        config, about = theirs.config, {"source": str(source), "base": theirs.base.slug}
+    else:
+        description = read_description(folder)
+        config, about = description.config, description.about
+    if target is not None:
+        config = with_dtype(config, target.name)
+    boxed = abstract_params(config)
+    shardings = shardings_of(boxed, mesh)
+    if theirs is not None:
+        params = place(theirs.pieces(), shardings, target)
+    elif (folder / TENSORS).is_file():
+        params = place(_converted(folder, boxed), shardings, target)
+    else:
+        params = place(_saved(folder, boxed), shardings, target)
+    return Loaded(folder, config, config.build(), params, _processor(folder, config), about)
 
 
-def _params(folder: Path, config: ModelConfig) -> Any:
-    """The parameters, if they are exactly those that the configuration asks for."""
-    file = folder / PARAMS
-    try:
-        found = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ZooError(f"{file} cannot be read: {error}") from error
-    variables = jax.eval_shape(config.build().init, jax.random.key(0), config.inputs(1))
-    shapes = flatten_dict(nn.unbox(variables)["params"])
-    wanted = {"/".join(path): leaf.shape for path, leaf in shapes.items()}
-    problems = [f"  {name} is missing" for name in sorted(wanted.keys() - found.keys())]
-    problems += [f"  {name} is not in the model" for name in sorted(found.keys() - wanted.keys())]
+def _processor(folder: Path, config: ModelConfig) -> Any:
+    """The processor that belongs to the model; None where its files are not there."""
+    if (folder / PARAMS).is_file():
+        return Processor.load(folder)
+    source = folder / SOURCE if (folder / SOURCE).is_dir() else folder
+    if not any((source / name).is_file() for name in _PROCESSING):
+        return None
+    from zoo.processors.hf import load_processor
+
+    return load_processor(source, config)
+
+
+def _converted(folder: Path, boxed: Any) -> Iterator[Piece]:
+    """The parameters of a converted checkpoint."""
+    stored = StoredParts(folder, json.loads((folder / TENSORS).read_text("utf-8")))
+    _check(folder / TENSORS, {path: shape for path, (shape, _) in stored.leaves.items()}, boxed)
+    return stored.pieces()
+
+
+def _saved(folder: Path, boxed: Any) -> Iterator[Piece]:
+    """The parameters that `save_model` has written, each as one piece."""
+    tensors = read_safetensors(folder / PARAMS)
+    _check(folder / PARAMS, {path: tensor.shape for path, tensor in tensors.items()}, boxed)
+
+    def read(path: str) -> dict[str, np.ndarray]:
+        return {path: np.asarray(tensors[path])}
+
+    for path, tensor in tensors.items():
+        leaves = {path: (tensor.shape, tensor.dtype)}
+        yield Piece(leaves, None, (path,), partial(read, path))
+
+
+def _check(file: Path, found: Mapping[str, tuple[int, ...]], boxed: Any) -> None:
+    """Raise ZooError unless `found` are exactly the shapes that the configuration asks for."""
+    wanted = {path: leaf.shape for path, leaf in flat_paths(nn.unbox(boxed)).items()}
+    problems = [f"  {path} is missing" for path in sorted(wanted.keys() - found.keys())]
+    problems += [f"  {path} is not in the model" for path in sorted(found.keys() - wanted.keys())]
     problems += [
-        f"  {name} is {found[name].shape}, want {wanted[name]}"
-        for name in sorted(wanted.keys() & found.keys())
-        if found[name].shape != wanted[name]
+        f"  {path} is {found[path]}, want {wanted[path]}"
+        for path in sorted(wanted.keys() & found.keys())
+        if found[path] != wanted[path]
     ]
     if problems:
         listed = "\n".join(problems)
         raise ZooError(f"{file} does not fit the model that {CONFIG} describes:\n{listed}")
-    return unflatten_dict({tuple(name.split("/")): leaf for name, leaf in found.items()})
 
 
 def _find(folder: Path) -> Path:
@@ -149,12 +136,19 @@ def _find(folder: Path) -> Path:
         return folder
     if (folder / MODEL).is_dir():
         return folder / MODEL
+    if is_checkpoint(folder):
+        return folder
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise ZooError(f"{folder} {what}: name the folder of a training run")
+        raise ZooError(
+            f"{folder} {what}: name the folder of a training run or of a checkpoint, or a model on "
+            "the Hugging Face hub"
+        )
     checkpoints = [path.name for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
     if not checkpoints and not (folder / "metrics.jsonl").exists():
-        raise ZooError(f"{folder} holds no model: name the folder of a training run")
+        raise ZooError(
+            f"{folder} holds no model: name the folder of a training run or of a checkpoint"
+        )
     step = max(map(int, checkpoints), default=0)
     raise ZooError(
         f"{folder} holds no finished model yet: {_progress(folder, step)}; run the same training "

@@ -1,18 +1,18 @@
-"""A trained model as a folder that needs nothing else.
+"""A model as a folder that needs nothing else.
 
-    params.safetensors   parameters, named "decoder/stack/layers/q/kernel"
     config.json          layout version, configuration, cards of the systems in it, where it is from
+    params.safetensors   parameters, named "decoder/stack/layers/q/kernel"
     processor.json, tokenizer.json   how pictures and text become arrays
     manifest.json        length and digest of all files
 
-`zoo.load` reads it, see `zoo.loading`.
+`zoo.load` reads it, see `zoo.loading`. A converted checkpoint is such a folder too, with the
+parameters in parts and the original's processor files, see `zoo.convert.convert`.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from safetensors import SafetensorError
 from safetensors.flax import save_file
 
 from zoo.models.core import registry
-from zoo.models.core.codec import CLASS, encode
+from zoo.models.core.codec import CLASS, decode, encode
 from zoo.models.core.config import ModelConfig
 from zoo.models.core.errors import ZooError
 from zoo.models.core.tree import flatten_dict
 from zoo.processors.vlm import Processor
-from zoo.whole import check, write_manifest
+from zoo.whole import check, reach_the_disk, write_manifest
 
 MODEL = "model"
 """Name of the model's folder in the folder of a run."""
@@ -35,6 +35,9 @@ LAYOUT = 1
 """Version of the form described above; another one is refused."""
 
 PARAMS, CONFIG = "params.safetensors", "config.json"
+
+PARTS, TENSORS, SOURCE = "params", "tensors.json", "source"
+"""What a converted checkpoint has in place of `PARAMS` and of the processor's files."""
 
 
 def save_model(
@@ -75,7 +78,7 @@ def save_model(
         shutil.copymode(new / CONFIG, new / PARAMS)  # the library lets nobody else read it
         processor.save(new)
         write_manifest(new)
-        _reach_the_disk(new)
+        reach_the_disk(new)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
@@ -88,6 +91,41 @@ def save_model(
             "folder, and run the same command again"
         ) from error
     return folder
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a folder says about its model: its configuration, and where it is from."""
+
+    config: ModelConfig
+    about: dict[str, Any]
+
+
+def read_description(folder: Path) -> Description:
+    """Read `config.json` of a model's folder, after all of its files have been checked.
+
+    Raises:
+      ZooError: the folder is not whole, is damaged, of another version, or describes no model.
+    """
+    if problem := check(folder):
+        again = (
+            "convert the checkpoint" if (folder / SOURCE).is_dir() else "run the training command"
+        )
+        raise ZooError(
+            f"the model in {folder} cannot be used: {problem}; copy it again, or delete it and "
+            f"{again} again, which writes it anew"
+        )
+    file = folder / CONFIG
+    described = json.loads(file.read_text("utf-8"))
+    if described.get("layout") != LAYOUT:
+        raise ZooError(
+            f"{file}: its layout is {described.get('layout')!r} and this version reads {LAYOUT}: "
+            "load it with the version that wrote it"
+        )
+    config = decode(described["model"])
+    if not isinstance(config, ModelConfig):
+        raise ZooError(f"{file} describes no model")
+    return Description(config, described["about"])
 
 
 def saved_about(folder: str | Path) -> Mapping[str, Any] | None:
@@ -111,13 +149,3 @@ def _classes(tree: Any) -> Iterator[str]:
     if isinstance(tree, dict | list):
         for value in tree.values() if isinstance(tree, dict) else tree:
             yield from _classes(value)
-
-
-def _reach_the_disk(folder: Path) -> None:
-    """Return when all files of `folder` would survive a power cut."""
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -17,16 +17,18 @@ from zoo.models.core.errors import UsageError
 _HARMLESS = """
     _attn_implementation_autoset _name_or_path _commit_hash architectures attention_dropout
     attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id
-    chunk_size_feed_forward classifier_dropout custom_pipelines decoder_start_token_id dtype dropout
-    dropout_rate early_stopping embd_pdrop eos_token_id exponential_decay_length_penalty
-    finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing hidden_dropout
+    chunk_size_feed_forward classifier_dropout custom_pipelines decoder_start_token_id
+    diversity_penalty do_sample dtype dropout dropout_rate early_stopping embd_pdrop
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id gradient_checkpointing hidden_dropout
     hidden_dropout_prob id2label ignore_index initializer_factor initializer_range
-    attention_probs_dropout_prob keys_to_ignore_at_inference label2id layerdrop max_length
-    min_length model_type num_labels num_return_sequences output_attentions output_hidden_states
-    pad_token_id prefix pretraining_tp problem_type projection_dropout resid_pdrop return_dict
-    return_dict_in_generate sep_token_id suppress_tokens task_specific_params tie_encoder_decoder
-    tokenizer_class torch_dtype torchscript transformers_version use_bfloat16 use_cache
-    use_return_dict
+    is_encoder_decoder attention_probs_dropout_prob keys_to_ignore_at_inference label2id layerdrop
+    length_penalty max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams
+    num_labels num_return_sequences output_attentions output_hidden_states output_scores
+    pad_token_id prefix pretraining_tp problem_type projection_dropout remove_invalid_values
+    repetition_penalty resid_pdrop return_dict return_dict_in_generate sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p
+    torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache use_return_dict
 """
 HARMLESS = frozenset(_HARMLESS.split())
 """Fields that change no number of a forward pass in inference."""
@@ -67,6 +69,10 @@ class Fields:
                 raise UsageError(f"{self.name}: the configuration lacks {key!r}")
             return default
         return tuple(value) if isinstance(value, list) else value
+
+    def is_null(self, key: str) -> bool:
+        """Whether `key` is there and null: for fields where null does not mean the default."""
+        return key in self._values and self._values[key] is None
 
     def want(self, key: str, *allowed: Any) -> Any:
         """The value of `key`, which must be one of `allowed`; absent or null means the first.

@@ -6,20 +6,30 @@ A `Table` is a tuple of rows. Each row ties parameters of ours (paths such as
 transform. A row with `steps` describes stacked parameters: row r of our leaf belongs to the key
 with `{}` replaced by `steps[r]`. Conversion is strict both ways: missing, extra and misshapen
 tensors raise one error that lists them all.
+
+Nothing here needs whole checkpoints in memory: a state dict is any mapping to things with a `shape`
+and a `dtype` that `np.asarray` turns into arrays, and `Table.stream` asks for each of them once,
+when its turn has come.
 """
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from zoo.models.core.errors import ZooError
 from zoo.models.core.tree import flatten_dict, unflatten_dict
 
 Shape = tuple[int, ...]
+State = Mapping[str, Any]
+"""A state dict of theirs: {key: array, or what `np.asarray` turns into one}."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +110,51 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class Alias:
+    """A second name of another tensor of theirs, as a tied output head has: where a checkpoint
+    holds both, they must be equal; saving leaves it out.
+
+    Attributes:
+      key: the second name.
+      of: the first, which another row has.
+    """
+
+    key: str
+    of: str
+
+
+AnyRow = Row | Constant | Alias
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Parameters on their way in: what one set of tensors of theirs becomes.
+
+    Attributes:
+      leaves: {path: shape and dtype} of the parameters that it belongs to, stacked ones as a whole.
+      row: which row of stacked parameters it is; None for parameters that are not stacked.
+      keys: the tensors of theirs.
+      read: reads them: {path: array}, which may be views of a file.
+    """
+
+    leaves: dict[str, tuple[Shape, np.dtype]]
+    row: int | None
+    keys: tuple[str, ...]
+    read: Callable[[], dict[str, np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        """Of its arrays."""
+        rows = [shape if self.row is None else shape[1:] for shape, _ in self.leaves.values()]
+        dtypes = [dtype for _, dtype in self.leaves.values()]
+        return sum(math.prod(s) * t.itemsize for s, t in zip(rows, dtypes, strict=True))
+
+
+@dataclass(frozen=True)
 class Table:
     """The rows of one checkpoint layout."""
 
-    rows: tuple[Row | Constant, ...]
+    rows: tuple[AnyRow, ...]
 
     def __add__(self, other: "Table") -> "Table":
         return Table(self.rows + other.rows)
@@ -114,15 +165,22 @@ class Table:
         `ours` is a path ("tower"), `theirs` a prefix ("vision_tower.").
         """
 
-        def move(row: Row | Constant) -> Row | Constant:
+        def move(row: AnyRow) -> AnyRow:
             if isinstance(row, Constant):
                 return dataclasses.replace(row, key=theirs + row.key)
+            if isinstance(row, Alias):
+                return Alias(theirs + row.key, theirs + row.of)
             paths = tuple(f"{ours}/{path}".strip("/") for path in _many(row.paths))
             return dataclasses.replace(
                 row, paths=paths, keys=tuple(theirs + k for k in _many(row.keys))
             )
 
         return Table(tuple(move(row) for row in self.rows))
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """{second name: first name} of the tensors of theirs that have two."""
+        return {row.key: row.of for row in self.rows if isinstance(row, Alias)}
 
     def shapes(self, params: Mapping[str, Any]) -> dict[str, Shape]:
         """{their key: shape} of the whole checkpoint, from our parameters or their shapes alone."""
@@ -132,60 +190,72 @@ class Table:
         for row in self.rows:
             if isinstance(row, Constant):
                 out[row.key] = row.value().shape
-                continue
-            for _, paths, keys in _instances(row):
-                ours = [np.broadcast_to(np.int8(0), _row_shape(flat_params[p], row)) for p in paths]
-                for key, theirs in zip(keys, row.transform.save(ours), strict=True):
-                    out[key] = theirs.shape
+            elif isinstance(row, Row):
+                out |= _their_shapes(row, flat_params)
         return out
 
-    def load(self, state: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> dict[str, Any]:
-        """Our parameters from their state dict.
+    def stream(self, state: State, params: Mapping[str, Any]) -> Iterator[Piece]:
+        """Our parameters from their state dict, a piece at a time.
+
+        Rows with the largest tensors come first: what is needed to convert one of them is then
+        never needed on top of all that has been converted.
 
         Args:
-          state: {key: array}.
+          state: {key: array}; all keys and shapes are checked before the first array is read.
           params: our parameters or their shapes (`jax.eval_shape`), for the tree to fill.
 
-        Returns:
-          A nested dict of NumPy arrays in the dtype of `state`.
-
         Raises:
-          ZooError: listing every missing, extra or misshapen tensor.
+          ZooError: listing every missing, extra or misshapen tensor; or naming one that differs
+            from the value or the tensor that it must be equal to.
         """
-        want = self.shapes(params)
-        _check_keys(want, state)
-        flat_params, out = _flatten(params), {}
+        _check_keys(self.shapes(params), state, self.aliases)
         for row in self.rows:
             if isinstance(row, Constant):
                 _check_constant(row, state[row.key])
-                continue
-            for r, paths, keys in _instances(row):
-                shapes = [_row_shape(flat_params[p], row) for p in paths]
-                found = row.transform.load([np.asarray(state[key]) for key in keys], shapes)
-                for path, array in zip(paths, found, strict=True):
-                    if row.steps is None:
-                        out[path] = np.ascontiguousarray(array)
-                        continue
-                    if path not in out:
-                        out[path] = np.empty((len(row.steps), *array.shape), array.dtype)
-                    out[path][r] = array
+            elif isinstance(row, Alias) and row.key in state:
+                _check_alias(row, state)
+        flat_params = _flatten(params)
+        rows = self._largest_first(flat_params)
+        return (piece for row in rows for piece in _pieces(row, state, flat_params))
+
+    def _largest_first(self, flat_params: Mapping[str, Any]) -> list[Row]:
+        def largest(row: Row) -> int:
+            return max(math.prod(_row_shape(flat_params[path], row)) for path in _many(row.paths))
+
+        return sorted((row for row in self.rows if isinstance(row, Row)), key=largest)[::-1]
+
+    def load(self, state: State, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Our parameters from their state dict, as a nested dict of NumPy arrays in the dtype of
+        `state`. Arguments and errors are those of `stream`.
+        """
+        out: dict[str, np.ndarray] = {}
+        for piece in self.stream(state, params):
+            for path, array in piece.read().items():
+                if path not in out:
+                    out[path] = np.empty(*piece.leaves[path])
+                out[path][... if piece.row is None else piece.row] = array
         return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in out.items()})
 
     def save(self, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Their state dict from our parameters."""
+        return {key: array for tensors in self.unstream(params) for key, array in tensors.items()}
+
+    def unstream(self, params: Mapping[str, Any]) -> Iterator[dict[str, np.ndarray]]:
+        """The tensors of `save`, a few at a time and in the order of `stream`.
+
+        Args:
+          params: our parameters, or things with their `shape` that `np.asarray` turns into arrays,
+            and that an index turns into a row of a stacked one.
+        """
         flat_params = _flatten(params)
         self._check_paths(flat_params)
-        out = {}
-        for row in self.rows:
-            if isinstance(row, Constant):
-                out[row.key] = row.value()
-                continue
-            leaves = {path: np.asarray(flat_params[path]) for path in _many(row.paths)}
+        yield {row.key: row.value() for row in self.rows if isinstance(row, Constant)}
+        for row in self._largest_first(flat_params):
+            leaves = {path: _on_host(flat_params[path]) for path in _many(row.paths)}
             for r, paths, keys in _instances(row):
-                ours = [leaves[p] if row.steps is None else leaves[p][r] for p in paths]
-                for key, theirs in zip(keys, row.transform.save(ours), strict=True):
-                    out[key] = np.ascontiguousarray(theirs)
-        return out
+                ours = [np.asarray(leaves[p] if r is None else leaves[p][r]) for p in paths]
+                theirs = row.transform.save(ours)
+                yield {k: np.ascontiguousarray(t) for k, t in zip(keys, theirs, strict=True)}
 
     def _check_paths(self, flat_params: Mapping[str, Any]) -> None:
         """Every parameter of ours stands in exactly one row, with as many rows as it has steps."""
@@ -212,20 +282,53 @@ def _flatten(params: Mapping[str, Any]) -> dict[str, Any]:
     return {"/".join(path): leaf for path, leaf in flatten_dict(dict(params)).items()}
 
 
-def _instances(row: Row) -> Iterator[tuple[int, tuple[str, ...], tuple[str, ...]]]:
+def _instances(row: Row) -> Iterator[tuple[int | None, tuple[str, ...], tuple[str, ...]]]:
     """(row number, paths, keys) of every set of tensors that a row ties together."""
-    for r, step in enumerate((None,) if row.steps is None else row.steps):
-        keys = _many(row.keys)
-        yield r, _many(row.paths), keys if step is None else tuple(k.format(step) for k in keys)
+    paths, keys = _many(row.paths), _many(row.keys)
+    if row.steps is None:
+        yield None, paths, keys
+        return
+    for r, step in enumerate(row.steps):
+        yield r, paths, tuple(key.format(step) for key in keys)
 
 
 def _row_shape(leaf: Any, row: Row) -> Shape:
     return tuple(leaf.shape if row.steps is None else leaf.shape[1:])
 
 
-def _check_keys(want: Mapping[str, Shape], state: Mapping[str, np.ndarray]) -> None:
+def _their_shapes(row: Row, flat_params: Mapping[str, Any]) -> dict[str, Shape]:
+    out = {}
+    for _, paths, keys in _instances(row):
+        ours = [np.broadcast_to(np.int8(0), _row_shape(flat_params[p], row)) for p in paths]
+        for key, theirs in zip(keys, row.transform.save(ours), strict=True):
+            out[key] = tuple(theirs.shape)
+    return out
+
+
+def _pieces(row: Row, state: State, flat_params: Mapping[str, Any]) -> Iterator[Piece]:
+    instances = list(_instances(row))
+    dtype = np.dtype(jnp.result_type(*(state[key].dtype for *_, keys in instances for key in keys)))
+    leaves = {path: (tuple(flat_params[path].shape), dtype) for path in _many(row.paths)}
+    shapes = [_row_shape(flat_params[path], row) for path in _many(row.paths)]
+
+    def read(paths: tuple[str, ...], keys: tuple[str, ...]) -> dict[str, np.ndarray]:
+        found = row.transform.load([np.asarray(state[key]) for key in keys], shapes)
+        return dict(zip(paths, found, strict=True))
+
+    for r, paths, keys in instances:
+        yield Piece(leaves, r, keys, partial(read, paths, keys))
+
+
+def _on_host(leaf: Any) -> Any:
+    """A parameter on devices as one array: to fetch it row by row would compile a slice."""
+    return np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf
+
+
+def _check_keys(want: Mapping[str, Shape], state: State, aliases: Mapping[str, str]) -> None:
     problems = []
-    missing, extra = sorted(set(want) - set(state)), sorted(set(state) - set(want))
+    missing = sorted(set(want) - set(state))
+    extra = sorted(set(state) - set(want) - set(aliases))
+    want = {**want, **{key: want[of] for key, of in aliases.items() if key in state}}
     for key in missing:
         near = difflib.get_close_matches(key, extra, 1)
         problems.append(f"missing: {key} {want[key]}" + (f" (nearest: {near[0]})" if near else ""))
@@ -239,6 +342,15 @@ def _check_keys(want: Mapping[str, Shape], state: Mapping[str, np.ndarray]) -> N
             problems.append(f"misshapen: {key} is {tuple(state[key].shape)}, want {want[key]}")
     if problems:
         raise ZooError("the checkpoint does not fit the model:\n  " + "\n  ".join(problems))
+
+
+def _check_alias(row: Alias, state: State) -> None:
+    first, second = np.asarray(state[row.of]), np.asarray(state[row.key])
+    if not np.array_equal(first, second):
+        raise ZooError(
+            f"{row.key} differs from {row.of}, and the configuration says that the two are tied "
+            "(tie_word_embeddings): the configuration belongs to another checkpoint"
+        )
 
 
 def _check_constant(row: Constant, found: np.ndarray) -> None:

@@ -8,7 +8,7 @@ one name imports one module.
 import dataclasses
 import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -58,6 +58,8 @@ class Base:
       hf: {`model_type`: reader of its `config.json`}.
       renames: (regular expression, replacement) pairs that turn keys of other layouts of the same
         checkpoint into those of `table`; every pair is applied to every key, in order.
+      fit: (configuration, keys of a checkpoint) -> the configuration with the optional parts that
+        the checkpoint has and its `config.json` does not tell of.
     """
 
     slug: str
@@ -67,6 +69,7 @@ class Base:
     table: "Callable[[Any], Table]"
     hf: "Mapping[str, Callable[[Fields], ModelConfig]]"
     renames: tuple[tuple[str, str], ...] = ()
+    fit: "Callable[[Any, Collection[str]], Any] | None" = None
 
 
 @dataclass(frozen=True)
@@ -258,9 +261,23 @@ def config(name: str, **overrides: Any) -> ModelConfig:
         paths), or a value of the wrong type.
     """
     variant, chosen = _variant(name)
+    return override(chosen, overrides, variant)
+
+
+def override(config: ModelConfig, overrides: Mapping[str, Any], name: str) -> ModelConfig:
+    """The configuration with other values for some fields, which are found as `config` finds them.
+
+    Args:
+      config: to start from.
+      overrides: {field or dotted path: value}.
+      name: of the configuration, for error messages.
+
+    Raises:
+      UsageError: as `config`.
+    """
     for field, value in overrides.items():
-        chosen = _replace(chosen, _find(chosen, field, variant).split("."), value, variant)
-    return chosen
+        config = _replace(config, _find(config, field, name).split("."), value, name)
+    return config
 
 
 def create(name: str, **overrides: Any) -> "nn.Module":

@@ -19,7 +19,9 @@ A *batch* is a flat mapping of reserved names to arrays; a model reads those tha
     positions  [B, L, 3] float32, the rotary positions (time, row, column) of the expanded sequence,
                for models that have them
     patches    [B, P, C'] float32, flattened patches of images in their native resolution, for
-               towers that take these instead of `pixels`; what goes with them is told there
+               towers that take these instead of `pixels`; with them come `patch_grid` [B, P, 2],
+               `patch_segment` [B, P], `patch_frame` [B, G, K] and `patch_window` [B, W, K'], all
+               int32, which `parts/towers/qwen_vit.py` explains
     labels     [B, T] int32, aligned with `ids`; `IGNORE` where nothing is learned
     text_mask  [B, T] bool, False on padding
     segments   [B, T] int32: 0 is seen by all that comes after it, every other number only by its
@@ -206,7 +208,7 @@ class Cache:
     Attributes:
       states: layer states, laid out as `Stack` keeps them.
       memory: what policies and cross-attention read.
-      next_position: float32 [B], the position of the next token.
+      next_position: float32 [B], the position of the next token; [B, A] where it has A axes.
       next_order: int32 [], its place in the full sequence.
     """
 

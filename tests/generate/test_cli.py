@@ -10,6 +10,7 @@ from PIL import Image
 import zoo
 from tests.models.draw import draw
 from zoo.cli import main
+from zoo.loaded import Loaded
 from zoo.processors import ImageProcessor, Processor, Tokenizer
 from zoo.saving import save_model
 
@@ -74,11 +75,12 @@ def test_as_json_it_is_what_the_library_says(capsys, run, picture):
     assert status == 0
     answer = zoo.load(run).generate(image, PROMPT, budget=2, max_new_tokens=4)
     assert json.loads(out) == {
+        "model": str(run),
+        "images": [str(image)],
+        "system": None,
         "prompt": PROMPT,
         "answer": answer,
         "budget": 2,
-        "image": str(image),
-        "run": str(run),
     }
 
 
@@ -109,6 +111,12 @@ def test_a_bad_picture_is_refused_by_name(capsys, run, tmp_path, content, messag
         (["--budget", "0"], PROMPT, 2, "budget = 0: want 1 to"),
         (["--budget", "many"], PROMPT, 2, "invalid int value: 'many'"),
         (["--max-new-tokens", "0", "--bugdet", "1"], PROMPT, 2, "unrecognized arguments"),
+        (["--temperature", "-1"], PROMPT, 2, "temperature is -1.0"),
+        (["--top-p", "0.5"], PROMPT, 2, "give a temperature"),
+        (["--dtype", "float8"], PROMPT, 2, "invalid choice: 'float8'"),
+        (["--stop", ""], PROMPT, 2, "a stop string is empty"),
+        (["--stream", "--json"], PROMPT, 2, "--stream and --json"),
+        (["--image", "second.png"], PROMPT, 2, "2 pictures"),
         ([], " ", 1, "the question is empty"),
         ([], "why? " * 40, 1, "more than the 20 that the model takes"),
     ],
@@ -118,6 +126,31 @@ def test_bad_requests_are_refused(capsys, run, picture, flags, prompt, expected,
     assert (status, out) == (expected, "")
     assert message in err
     assert "Traceback" not in err
+
+
+def test_streaming_prints_the_same(capsys, run, picture):
+    flags = ("--temperature", "2", "--seed", "5")
+    _, whole, _ = ask(capsys, run, picture("plain"), *flags)
+    status, streamed, err = ask(capsys, run, picture("plain"), *flags, "--stream")
+    assert (status, err) == (0, "")
+    assert streamed == whole
+    assert len(whole) > 1
+
+
+def test_text_alone(capsys, run):
+    assert main(["generate", str(run), "--prompt", PROMPT, "--max-new-tokens", "4"]) == 0
+    answer = zoo.load(run).generate(None, PROMPT, max_new_tokens=4)
+    assert capsys.readouterr().out == answer + "\n"
+
+
+def test_an_interrupted_answer_ends_with_130(capsys, run, picture, monkeypatch):
+    def interrupted(*_, **__):
+        yield "half"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Loaded, "stream", interrupted)
+    status, out, err = ask(capsys, run, picture("plain"), "--stream")
+    assert (status, out, err) == (130, "half", "zoo: interrupted\n")
 
 
 def test_an_answer_has_at_least_one_token(capsys, run):

@@ -14,7 +14,7 @@ def draw(shapes, seed: int = 0):
     def one(path, leaf):
         if not np.issubdtype(leaf.dtype, np.floating):
             return np.zeros(leaf.shape, leaf.dtype)
-        fan_in = leaf.shape[-2] if leaf.ndim > 1 else leaf.shape[-1]
+        fan_in = leaf.shape[-2] if leaf.ndim > 1 else leaf.size
         noise = rng.normal(size=leaf.shape) / np.sqrt(fan_in)
         scale = path[-1].key == "scale"
         return (1 + 0.1 * noise if scale else noise).astype(leaf.dtype)

@@ -13,7 +13,7 @@ from zoo.models.core.types import KV, Tokens
 from zoo.models.parts.layers.norms import LayerNorm, RMSNorm
 from zoo.models.parts.layers.positions import sincos_2d
 from zoo.models.parts.layers.resize import resize_bicubic
-from zoo.models.parts.layers.rope import rope_frequencies, rotate
+from zoo.models.parts.layers.rope import RopeConfig, rotate
 
 MESH = AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"))
 
@@ -108,11 +108,9 @@ def test_norms():
 
 
 def test_rotation_depends_on_distance_only():
-    f = rope_frequencies(8, 1e4)
+    angle = lambda p: RopeConfig().angles(8, jnp.array([[p]]))
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-    dot = lambda a, b: float(
-        (rotate(q, jnp.array([[a]]), f) * rotate(k, jnp.array([[b]]), f)).sum()
-    )
+    dot = lambda a, b: float((rotate(q, angle(a)) * rotate(k, angle(b))).sum())
     assert dot(3.0, 1.0) == pytest.approx(dot(10.5, 8.5), abs=1e-5)
     assert dot(0.0, 0.0) == pytest.approx(float((q * k).sum()), abs=1e-5)
 

@@ -10,10 +10,11 @@ import pytest
 
 from tests.models import toy
 from tests.models.draw import draw
+from zoo.models.core.names import tree_names
 from zoo.models.core.tree import flatten_dict
 from zoo.models.core.types import KV, Reserve, Stream
 from zoo.models.parts.layers.selection import pick, put
-from zoo.models.parts.layers.stack import Stack, Step, cover
+from zoo.models.parts.layers.stack import Stack, Step, cover, unstack
 
 TOTAL = toy.SLOTS + toy.PROMPT + toy.ANSWER
 KEY = jax.random.key(1)
@@ -58,6 +59,16 @@ def test_scanned_equals_unrolled(case):
     jax.tree.map(np.testing.assert_array_equal, aux, other_aux)
 
 
+def test_unstacked_rows_give_the_same(case):
+    _, stack, params, _, out, _ = case
+    names = tree_names(shapes(stack)["params"])
+    rows = {"params": unstack(params["params"], names)}
+    assert isinstance(jax.tree.leaves(rows, is_leaf=lambda x: isinstance(x, tuple))[0], tuple)
+    whole = toy.stream(TOTAL)
+    got = jax.jit(lambda p, s: stack.apply(p, s, Reserve(1), toy.memory())[0])(rows, whole)
+    close(got.hidden, out.hidden)
+
+
 def test_cached_decoding_equals_recomputation(case):
     _, stack, params, _, out, _ = case
     prompt = toy.SLOTS + toy.PROMPT
@@ -80,11 +91,8 @@ def test_cache_lengths_follow_the_policies():
     prompt = toy.SLOTS + toy.PROMPT
     run = lambda p, s: stack.apply(p, s, Reserve(toy.ANSWER), toy.memory())[1]
     states = jax.eval_shape(run, shapes(stack), toy.stream(prompt))
-    lengths = [
-        state.k.shape[2]
-        for state in jax.tree.leaves(states, is_leaf=lambda x: isinstance(x, KV))
-        for _ in range(state.k.shape[0])
-    ]
+    caches = jax.tree.leaves(states, is_leaf=lambda x: isinstance(x, KV))
+    lengths = [cache.k.shape[-3] for cache in caches]  # few repeats: a state for each layer
     text = toy.PROMPT + toy.ANSWER
     assert lengths == [12 + text, 6 + text, 6 + text, 3 + text, 3 + text]
 

@@ -9,8 +9,9 @@ from tests.train.tiny import TinyData, tiny
 from zoo.models.core.errors import UsageError, ZooError
 from zoo.train.cli import find
 from zoo.train.config import MAY_CHANGE, Experiment
-from zoo.train.folder import check_room, claim, locked, read_experiment, writing
+from zoo.train.folder import check_room, claim, read_experiment, writing
 from zoo.train.mesh import MeshConfig
+from zoo.whole import locked
 
 
 def begun(folder, experiment):
@@ -72,7 +73,7 @@ def test_the_experiment_is_read_back(tmp_path):
 
 
 def test_one_run_at_a_time(tmp_path):
-    code = "import sys; from zoo.train.folder import locked\nwith locked(sys.argv[1]): pass"
+    code = "import sys; from zoo.whole import locked\nwith locked(sys.argv[1]): pass"
     with locked(tmp_path):
         other = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False

@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from zoo.models.core.errors import UsageError
+from zoo.processors.pixels import Filter, pad_to_square
 
 Fit = Literal["pad", "squash", "crop"]
-Filter = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 _LARGEST_SQUARE = 1 << 26
 
@@ -77,9 +77,5 @@ class ImageProcessor:
                 # A long panorama would make a huge square: resize first, which differs at the seams
                 # only.
                 return ImageOps.pad(picture, square, method, colour)
-            side = max(picture.size)
-            middle = ((side - picture.width) // 2, (side - picture.height) // 2)
-            canvas = Image.new("RGB", (side, side), colour)
-            canvas.paste(picture, middle)
-            picture = canvas
+            picture = Image.fromarray(pad_to_square(np.asarray(picture), colour))
         return picture.resize(square, method)

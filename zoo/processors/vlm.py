@@ -34,6 +34,11 @@ class Processor:
     tokenizer: Tokenizer
     max_length: int
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        return (self.tokenizer.eos,)
+
     def encode(self, record: Mapping[str, Any]) -> Example:
         """One training example.
 

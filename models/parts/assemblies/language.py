@@ -1,11 +1,18 @@
 """What every model with a decoder shares: the forward pass, prefill and decoding, which are the
-same code.
+same code; and the model that is nothing but a decoder.
 """
 
+from dataclasses import dataclass, field
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
+from zoo.models.core.config import ModelConfig
+from zoo.models.core.keytable import Table
 from zoo.models.core.types import Array, Batch, Cache, Memory, Output, Reserve, Stream, Tokens, take
+from zoo.models.parts.assemblies.splice import splice
+from zoo.models.parts.decoders.gqa import Decoder, DecoderConfig, decoder_table
 
 
 class LanguageModel(nn.Module):
@@ -39,18 +46,17 @@ class LanguageModel(nn.Module):
         """Read the prompts and fill the caches.
 
         Args:
-          batch: `pixels`, `ids` and `text_mask` of prompts padded on the right; the rest is not
-            read.
+          batch: prompts padded on the right; `labels` and `segments` are not read.
           room: static number of tokens that will be decoded at most.
           budget: as in `__call__`.
 
         Returns:
           float32 logits [B, V] of the token after each prompt, and the cache.
         """
-        prompts = {name: batch[name] for name in ("pixels", "ids", "text_mask") if name in batch}
+        prompts = {k: leaf for k, leaf in batch.items() if k not in ("labels", "segments")}
         stream, memory = self.stream(prompts, budget)
         length = stream.hidden.shape[1]
-        position = jnp.where(stream.tokens.valid, stream.tokens.position, -1).max(-1) + 1
+        position = _next_position(stream.tokens)
         stream, states, _ = self.decoder.run(stream, Reserve(room), memory)
         # Policies may have shortened the sequence; the last valid token is always text, which
         # stays.
@@ -76,3 +82,63 @@ class LanguageModel(nn.Module):
         stream, states, _ = self.decoder.run(stream, cache.states, cache.memory)
         cache = Cache(states, cache.memory, cache.next_position + 1, cache.next_order + 1)
         return self.head(stream.hidden)[:, 0], cache
+
+
+def _next_position(tokens: Tokens) -> Array:
+    """The position of the token after each row: one more than the greatest of any axis, float32
+    [B], or [B, A] where positions have several axes.
+    """
+    position = tokens.position.reshape(*tokens.valid.shape, -1)  # [B, L, A or 1]
+    last = jnp.where(tokens.valid[..., None], position, -1).max((1, 2))
+    return jnp.broadcast_to(
+        last.reshape(-1, *(1,) * (tokens.position.ndim - 2)) + 1, tokens.position[:, 0].shape
+    )
+
+
+@dataclass(frozen=True)
+class CausalLMConfig(ModelConfig):
+    """A language model without images.
+
+    Attributes:
+      decoder: the model.
+      text_tokens: text length that `inputs` describes.
+    """
+
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    text_tokens: int = 64
+
+    def build(self) -> "CausalLM":
+        """The module."""
+        return CausalLM(self)
+
+    def inputs(self, batch_size: int) -> Batch:
+        """Shapes of a training batch."""
+        text = (batch_size, self.text_tokens)
+        ints = {
+            name: jax.ShapeDtypeStruct(text, jnp.int32) for name in ("ids", "labels", "segments")
+        }
+        return {**ints, "text_mask": jax.ShapeDtypeStruct(text, jnp.bool_)}
+
+
+class CausalLM(LanguageModel):
+    """A decoder that reads text alone."""
+
+    config: CausalLMConfig
+
+    def setup(self) -> None:
+        self.decoder = Decoder(self.config.decoder, self.config.decoder.plan())
+
+    def stream(self, batch: Batch, budget: int | Array | None) -> tuple[Stream, Memory]:
+        """Embedded text."""
+        del budget
+        names = ("text_mask", "labels", "segments")
+        facts = {name: batch.get(name) for name in names}
+        # No id is a placeholder.
+        return splice(
+            batch["ids"], self.decoder.embed(batch["ids"]), None, image_id=-1, **facts
+        ), {}
+
+
+def causal_lm_table(config: CausalLMConfig) -> Table:
+    """Keys of a language model in Hugging Face checkpoints of the Llama family."""
+    return decoder_table(config.decoder).under("decoder")

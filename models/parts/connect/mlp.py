@@ -11,7 +11,15 @@ from zoo.models.parts.layers.linear import dense
 
 @dataclass(frozen=True)
 class MLPConnector:
-    """Two linear layers with a GELU between them, applied to every vision token."""
+    """Two linear layers with an activation between them, applied to every vision token.
+
+    Attributes:
+      activation: a name of `ACTIVATIONS`.
+      bias: biases in both layers.
+    """
+
+    activation: str = "gelu"
+    bias: bool = True
 
     def num_tokens(self, grid: tuple[int, int]) -> int:
         """Vision tokens per image that the decoder sees."""
@@ -20,20 +28,22 @@ class MLPConnector:
     def build(self, vision_width: int, width: int, grid: tuple[int, int]) -> nn.Module:
         """The module from tower width to decoder width; it keeps every token of any grid."""
         del grid
-        return MLP(vision_width, width)
+        return MLP(self, vision_width, width)
 
 
 class MLP(nn.Module):
-    """`up`, exact GELU, `down`, with biases."""
+    """`down(activation(up(x)))`."""
 
+    config: MLPConnector
     vision_width: int
     width: int
 
     def setup(self) -> None:
-        self.up = dense(self.vision_width, self.width, bias=True, axes=("embed", "mlp"))
-        self.down = dense(self.width, self.width, bias=True, axes=("mlp", "embed"))
+        bias = self.config.bias
+        self.up = dense(self.vision_width, self.width, bias=bias)
+        self.down = dense(self.width, self.width, bias=bias, axes=("mlp", "embed"))
 
-    def __call__(self, vision: Features, *, budget: int | None = None) -> Visual:
+    def __call__(self, vision: Features, *, budget: int | Array | None = None) -> Visual:
         """Features [B, M, N, C] to N tokens of `width`.
 
         Raises:
@@ -42,5 +52,5 @@ class MLP(nn.Module):
         n = vision.tokens.shape[-2]
         if budget not in (None, n):
             raise ValueError(f"budget = {budget}: this connector keeps all {n} vision tokens")
-        tokens: Array = self.down(ACTIVATIONS["gelu"](self.up(vision.tokens)))
+        tokens: Array = self.down(ACTIVATIONS[self.config.activation](self.up(vision.tokens)))
         return Visual(TokenSet(tokens))

@@ -19,6 +19,7 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
         "gelu": functools.partial(jax.nn.gelu, approximate=False),
         "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
         "quick_gelu": quick_gelu,
+        "relu": jax.nn.relu,
         "silu": jax.nn.silu,
     }
 )

@@ -1,10 +1,10 @@
-"""The pre-norm transformer layer, of towers and decoders alike.
+"""The transformer layer, of towers and decoders alike.
 
 A system that changes the inside of a layer subclasses `Block` through its hooks (`project`, `qkv`,
 `mix`, `attention`, `feed_forward`); one that changes the flow around it is a `LayerPolicy`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 
@@ -14,7 +14,9 @@ from zoo.models.parts.layers.activations import ACTIVATIONS
 from zoo.models.parts.layers.attention import Attend, Rule, attend, causal
 from zoo.models.parts.layers.linear import Proj, dense
 from zoo.models.parts.layers.norms import NormKind, make_norm
-from zoo.models.parts.layers.rope import rope_frequencies, rotate
+from zoo.models.parts.layers.rope import RopeConfig, rotate
+
+NormPlace = Literal["pre", "post", "sandwich"]
 
 
 class QKV(NamedTuple):
@@ -28,8 +30,10 @@ class QKV(NamedTuple):
 
 
 class Block(nn.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`, with grouped keys and an optional gated
-    MLP.
+    """An attention half, then an MLP half, with grouped keys and an optional gated MLP.
+
+    A half f is `x + f(norm(x))` with norms in the place "pre", `norm(x + f(x))` with "post", and
+    `x + norm(f(norm(x)))` with "sandwich".
 
     Attributes:
       width: D of the residual stream.
@@ -37,15 +41,19 @@ class Block(nn.Module):
       mlp_dim: hidden width F of the MLP.
       num_kv_heads: key-value heads K; H by default.
       head_dim: E; width / H by default.
-      norm: "rms" or "layer".
-      norm_eps: epsilon of both norms.
+      norm: the kind of all norms.
+      norm_eps: epsilon of all norms.
+      norm_place: where a half has its norms.
       activation: of the MLP, a name of `ACTIVATIONS`.
       gated: `down(activation(gate(x)) * up(x))` instead of `down(activation(up(x)))`.
       qkv_bias: biases on the query, key and value projections.
       out_bias: a bias on the output projection.
       mlp_bias: biases in the MLP.
-      rope_theta: base of the rotary embedding; None for a layer without one.
-      rule: who sees whom.
+      qk_norm: a norm over every head of the queries and keys, before they are rotated.
+      rope: the rotary embedding; None for a layer without one.
+      scale: factor of the attention logits; 1 / sqrt(E) by default.
+      softcap: bound c of the attention logits, `c tanh(logits / c)`; None for none.
+      rule: who sees whom; equal and hashable for layers that are to be scanned together.
       attend: the attention kernel.
     """
 
@@ -56,12 +64,16 @@ class Block(nn.Module):
     head_dim: int | None = None
     norm: NormKind = "rms"
     norm_eps: float = 1e-6
+    norm_place: NormPlace = "pre"
     activation: str = "silu"
     gated: bool = True
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    rope_theta: float | None = 10_000.0
+    qk_norm: bool = False
+    rope: RopeConfig | None = RopeConfig()
+    scale: float | None = None
+    softcap: float | None = None
     rule: Rule = causal
     attend: Attend = attend
 
@@ -80,6 +92,12 @@ class Block(nn.Module):
         out = ("heads", "head_dim", "embed")
         self.out = Proj("blhe,hed->bld", (h, e, d), out, num_in=2, bias=self.out_bias)
         self.mlp_norm = make_norm(self.norm, self.norm_eps)
+        if self.qk_norm:
+            self.q_norm = make_norm(self.norm, self.norm_eps)
+            self.k_norm = make_norm(self.norm, self.norm_eps)
+        if self.norm_place == "sandwich":
+            self.attn_post_norm = make_norm(self.norm, self.norm_eps)
+            self.mlp_post_norm = make_norm(self.norm, self.norm_eps)
         self.setup_mlp()
 
     def setup_mlp(self) -> None:
@@ -97,12 +115,13 @@ class Block(nn.Module):
 
     def qkv(self, stream: Stream, memory: Memory) -> QKV:
         """Hook before the cache: normed, projected, rotated."""
-        x = self.attn_norm(stream.hidden)
+        x = stream.hidden if self.norm_place == "post" else self.attn_norm(stream.hidden)
         q, k, v = (self.project(name, x, stream.tokens, memory) for name in ("q", "k", "v"))
-        if self.rope_theta is not None:
-            frequencies = rope_frequencies(q.shape[-1], self.rope_theta)
-            q = rotate(q, stream.tokens.position, frequencies)
-            k = rotate(k, stream.tokens.position, frequencies)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope is not None:
+            angle = self.rope.angles(q.shape[-1], stream.tokens.position)
+            q, k = (rotate(x, angle, self.rope.amplitude) for x in (q, k))
         return QKV(q, k, v)
 
     def mix(
@@ -112,7 +131,8 @@ class Block(nn.Module):
         H, E].
         """
         del memory
-        return self.attend(q, k, v, self.rule, stream.tokens, key)
+        options = {"scale": self.scale, "softcap": self.softcap}
+        return self.attend(q, k, v, self.rule, stream.tokens, key, **options)
 
     def attention(self, stream: Stream, state: Any, memory: Memory) -> tuple[Stream, Any, QKV]:
         """The attention half with its residual; also the layer's own q, k and v, for whoever scores
@@ -127,21 +147,29 @@ class Block(nn.Module):
             k, v, key = state.k, state.v, state.tokens
         y = self.mix(stream, own.q, k, v, key, memory)  # [B, L, H, E]
         y = self.project("out", y, stream.tokens, memory)
+        if self.norm_place == "sandwich":
+            y = self.attn_post_norm(y)
         hidden = shard(stream.hidden + y, "batch", "seq", "act_embed")
+        if self.norm_place == "post":
+            hidden = self.attn_norm(hidden)
         return stream.replace(hidden=hidden), state, own
 
     def feed_forward(self, stream: Stream, memory: Memory) -> Array:
-        """The MLP branch [B, L, D], without the residual."""
-        x = self.mlp_norm(stream.hidden)
+        """The MLP branch [B, L, D], without the residual and what follows it."""
+        x = stream.hidden if self.norm_place == "post" else self.mlp_norm(stream.hidden)
         act, t = ACTIVATIONS[self.activation], stream.tokens
         up = self.project("up", x, t, memory)
         y = act(self.project("gate", x, t, memory)) * up if self.gated else act(up)
-        return self.project("down", y, t, memory)
+        y = self.project("down", y, t, memory)
+        return self.mlp_post_norm(y) if self.norm_place == "sandwich" else y
 
     def __call__(self, stream: Stream, state: Any, memory: Memory) -> tuple[Stream, Any, Aux]:
         stream, state, _ = self.attention(stream, state, memory)
         hidden = stream.hidden + self.feed_forward(stream, memory)
-        return stream.replace(hidden=shard(hidden, "batch", "seq", "act_embed")), state, {}
+        hidden = shard(hidden, "batch", "seq", "act_embed")
+        if self.norm_place == "post":
+            hidden = self.mlp_norm(hidden)
+        return stream.replace(hidden=hidden), state, {}
 
     def probe(self, stream: Stream) -> Array:
         """Touches every parameter; used for initialisation only.

@@ -8,21 +8,28 @@ import jax.numpy as jnp
 
 from zoo.models.core.types import Array
 
-NormKind = Literal["rms", "layer"]
+NormKind = Literal["rms", "rms_plus_one", "layer"]
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) * scale` over the last axis. Follows: arXiv:1910.07467."""
+    """`x / rms(x) * scale` over the last axis. Follows: arXiv:1910.07467.
+
+    Attributes:
+      eps: added to the mean square.
+      plus_one: multiply by `1 + scale`, scale starting from 0.
+    """
 
     eps: float = 1e-6
+    plus_one: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale = self.param("scale", ones, (x.shape[-1],))
+        start = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+        init = nn.with_logical_partitioning(start, ("norm",))
+        scale = self.param("scale", init, (x.shape[-1],)).astype(jnp.float32)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
-        return (y * scale).astype(x.dtype)
+        return (y * (1 + scale if self.plus_one else scale)).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -44,4 +51,6 @@ class LayerNorm(nn.Module):
 
 def make_norm(kind: NormKind, eps: float) -> nn.Module:
     """The norm that a configuration names."""
-    return {"rms": RMSNorm, "layer": LayerNorm}[kind](eps)
+    if kind == "layer":
+        return LayerNorm(eps)
+    return RMSNorm(eps, plus_one=kind == "rms_plus_one")

@@ -14,13 +14,15 @@ def sincos_1d(positions: np.ndarray, dim: int) -> np.ndarray:
     return np.concatenate([np.sin(angle), np.cos(angle)], 1)
 
 
-def sincos_2d(height: int, width: int, dim: int) -> np.ndarray:
-    """Sine-cosine table of a grid in row-major order, float32 [height * width, dim].
+def sincos_2d(height: int, width: int, dim: int, *, before: int = 0) -> np.ndarray:
+    """Sine-cosine table of a grid in row-major order, float32 [before + height * width, dim].
 
-    Follows: MAE (arXiv:2111.06377): the first half of a row encodes the column, the second the row.
+    Follows: MAE (arXiv:2111.06377): the first half of a row encodes the column, the second the row;
+    so many rows of zeros `before` the grid are for a class token.
     """
     if dim % 4:
         raise ValueError(f"dim: got {dim}, want a multiple of 4")
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     table = [sincos_1d(columns.ravel(), dim // 2), sincos_1d(rows.ravel(), dim // 2)]
-    return np.concatenate(table, 1).astype(np.float32)
+    grid = np.concatenate(table, 1).astype(np.float32)
+    return np.pad(grid, ((before, 0), (0, 0)))

@@ -10,8 +10,9 @@ The steps are covered by segments (start, period, repeats); a segment traces `pe
 scans them `repeats` times. The same numbers come out scanned or unrolled.
 
 Layer states (key-value caches and others) are kept in the layout of the segments: a tuple over
-segments of tuples over the period of pytrees stacked over the repeats. In decoding they are carried
-through the scan and updated in place.
+segments, which for a single step holds its state, and for scanned steps a tuple over the period of
+pytrees stacked over the repeats. In decoding they are carried through the scan and updated in
+place.
 """
 
 import functools
@@ -189,7 +190,8 @@ def cover(kinds: tuple[Hashable, ...]) -> tuple[Segment, ...]:
             repeats, stop = 1, start + period
             while True:
                 traced, rest = best[stop]
-                options.append((traced + period, ((start, period, repeats), *rest)))
+                own = period if repeats >= _SCAN_FROM else period * repeats
+                options.append((traced + own, ((start, period, repeats), *rest)))
                 if stop + period > n or kinds[stop : stop + period] != unit:
                     break
                 repeats, stop = repeats + 1, stop + period
@@ -200,7 +202,9 @@ def cover(kinds: tuple[Hashable, ...]) -> tuple[Segment, ...]:
 class Stack(nn.Module):
     """Runs a plan. The only owner of scanned layers.
 
-    Parameters are `{stack name: {leaf path: [rows, …]}}`, the first axis named "layers".
+    Parameters are `{stack name: {leaf path: [rows, …]}}`, the first axis named "layers". For
+    inference on a CPU, where cutting a row out of a leaf copies it, `unstack` turns every leaf into
+    a tuple of its rows; the steps are then unrolled.
 
     Attributes:
       steps: the plan.
@@ -211,7 +215,13 @@ class Stack(nn.Module):
     scan: bool = True
 
     def setup(self) -> None:
-        self.tree = {name: self.param(name, self._init, name) for name in self._stacks()}
+        # What is there is taken as it is: `self.param` would trace the initialiser to check it.
+        self.tree = {
+            name: self.get_variable("params", name)
+            if self.has_variable("params", name)
+            else self.param(name, self._init, name)
+            for name in dict.fromkeys(step.stack for step in self.steps)
+        }
 
     def __call__(
         self,
@@ -238,38 +248,31 @@ class Stack(nn.Module):
         stop = len(self.steps) if stop is None else stop
         if not 0 <= start <= stop <= len(self.steps):
             raise ValueError(f"steps {start} to {stop}: the plan has {len(self.steps)}")
-        segments = self._segments(start, stop)
+        rows = _Rows(self.steps, nn.unbox(self.tree))
+        segments = self._segments(start, stop, rows.unstacked)
         carried = states if isinstance(states, tuple) else (states,) * len(segments)
         if len(carried) != len(segments):
             raise ValueError(f"states: got {len(carried)} segments, want {len(segments)}")
-        # Rows are cut with one split per leaf where gradients may flow (its transpose is one
-        # concatenation) and indexed in place where a state says that this is inference: a cut
-        # copies the weights once.
-        leaves = flatten_dict(self.tree)
-        indexed = states is not None
-        rows = leaves if indexed else self._cut(leaves, segments)
+        if states is None:
+            rows.cut(segments)
         out_states, aux = [], []
         for segment, state in zip(segments, carried, strict=True):
-            stream, state, reports = self._segment(
-                segment, rows, indexed, stream, state, memory or {}
-            )
+            run = self._one if segment[1:] == (1, 1) else self._scanned
+            stream, state, reports = run(segment, rows, stream, state, memory or {})
             out_states.append(state)
             aux.extend(reports)
         return stream, (None if states is None else tuple(out_states)), tuple(aux)
 
-    # ------------------------------------------------------------------ layout
-
-    def _stacks(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(step.stack for step in self.steps))
-
-    def _segments(self, start: int, stop: int) -> tuple[Segment, ...]:
-        if not self.scan:
-            return tuple((i, 1, 1) for i in range(start, stop))
-        found = cover(tuple(step.kind for step in self.steps[start:stop]))
-        return tuple((start + first, period, repeats) for first, period, repeats in found)
-
-    def _owners(self) -> dict[Path, tuple[int, ...]]:
-        return _owners(self.steps)
+    def _segments(self, start: int, stop: int, unstacked: bool) -> tuple[Segment, ...]:
+        """Segments of single steps (step, 1, 1), and those that are worth a scan."""
+        found: list[Segment] = []
+        covered = cover(tuple(step.kind for step in self.steps[start:stop]))
+        for first, period, repeats in covered:
+            if self.scan and not unstacked and repeats >= _SCAN_FROM:
+                found.append((start + first, period, repeats))
+            else:
+                found += [(start + first + i, 1, 1) for i in range(period * repeats)]
+        return tuple(found)
 
     def _init(self, key: Array, stack: str) -> dict[str, Any]:
         """Boxed parameters of one stack; steps of equal kind are initialised by one vmap."""
@@ -284,12 +287,12 @@ class Stack(nn.Module):
             for path, leaf in _flatten_boxed(tree).items():
                 parts.setdefault((stack, *path), []).append((members, leaf))
         out = {}
-        for path, owners in self._owners().items():
+        for path, owners in _owners(self.steps).items():
             if path[0] != stack:
                 continue
             values = [nn.unbox(leaf) for _, leaf in parts[path]]
             order = [i for members, _ in parts[path] for i in members]
-            kept = owners[:1] if self._is_shared(path) else owners
+            kept = owners[:1] if _is_shared(self.steps, path) else owners
             rows = jnp.concatenate(values)[jnp.array([order.index(i) for i in kept])]
             first = parts[path][0][1]
             names = (
@@ -300,46 +303,22 @@ class Stack(nn.Module):
             out[path[1:]] = nn.LogicallyPartitioned(rows, ("layers", *names))
         return unflatten_dict(out)
 
-    def _cut(
-        self, leaves: dict[Path, Array], segments: Sequence[Segment]
-    ) -> dict[Path, dict[int, Array]]:
-        """{path: {segment start: the segment's rows}}, by one split per leaf."""
-        owners = self._owners()
-        cut: dict[Path, dict[int, Array]] = {}
-        for path, leaf in leaves.items():
-            if self._is_shared(path):
-                cut[path] = {start: leaf for start, _, _ in segments}
-                continue
-            ends = [(start, start + period * repeats) for start, period, repeats in segments]
-            spans = [(0, segments[0][0]), *ends, (ends[-1][1], len(self.steps))]
-            sizes = [sum(a <= owner < b for owner in owners[path]) for a, b in spans]
-            pieces = jax.lax.split(leaf, sizes)[1:-1]
-            cut[path] = {a: piece for (a, _), piece in zip(ends, pieces, strict=True)}
-        return cut
+    def _one(
+        self, segment: Segment, rows: "_Rows", stream: Stream, state: State, memory: Memory
+    ) -> tuple[Stream, State, list[Aux]]:
+        """Run a single step; its state is as the layer keeps it."""
+        step = self.steps[segment[0]]
+        policies = jax.tree.map(jnp.asarray, step.policies)
+        params = rows.of(segment, 0, 0, {})
+        stream, state, aux = step.run(params, policies, stream, state, memory)
+        return stream, state, [aux]
 
-    def _is_shared(self, path: Path) -> bool:
-        return any(p.shared and p.name == path[1] for step in self.steps for p in step.policies)
-
-    # ------------------------------------------------------------------ execution
-
-    def _segment(
-        self,
-        segment: Segment,
-        rows: dict,
-        indexed: bool,
-        stream: Stream,
-        states: Any,
-        memory: Memory,
+    def _scanned(
+        self, segment: Segment, rows: "_Rows", stream: Stream, states: Any, memory: Memory
     ) -> tuple[Stream, Any, list[Aux]]:
-        """Run one segment; returns its stacked states and an aux per step."""
+        """Scan a segment; its states are a tuple over the period of trees stacked over repeats."""
         start, period, repeats = segment
         unit = self.steps[start : start + period]
-        owners = self._owners()
-        # Where in the leaf each step of the unit finds its row, and how many rows one unit takes.
-        first = {path: sum(o < start for o in own) for path, own in owners.items()}
-        width = {
-            path: sum(start <= o < start + period for o in own) for path, own in owners.items()
-        }
         data = tuple(
             jax.tree.map(
                 lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]),
@@ -347,30 +326,6 @@ class Stack(nn.Module):
             )
             for offset in range(period)
         )
-        sliced: dict[Path, Array] = {}
-        if not indexed:
-            for path, pieces in rows.items():
-                if width[path] and not self._is_shared(path):
-                    piece = pieces[start]
-                    sliced[path] = piece.reshape(repeats, width[path], *piece.shape[1:])
-
-        def parameters(offset: int, j: Array, unit_rows: dict[Path, Array]) -> dict[str, Any]:
-            found = {}
-            for path, own in owners.items():
-                if start + offset not in own:
-                    continue
-                rank = own.index(start + offset) - first[path]
-                if self._is_shared(path):
-                    found[path[1:]] = (rows[path] if indexed else rows[path][start])[0]
-                elif indexed:
-                    at = first[path] + j * width[path] + rank
-                    found[path[1:]] = jax.lax.dynamic_index_in_dim(
-                        rows[path], at, 0, keepdims=False
-                    )
-                else:
-                    found[path[1:]] = unit_rows[path][rank]
-            return unflatten_dict(found)
-
         carries_state = isinstance(states, tuple)
 
         def body(carry: tuple[Stream, Any], xs: tuple) -> tuple[tuple[Stream, Any], tuple]:
@@ -380,11 +335,8 @@ class Stack(nn.Module):
             for offset, step in enumerate(unit):
                 state = states
                 if carries_state:
-                    state = jax.tree.map(
-                        lambda x: jax.lax.dynamic_index_in_dim(x, j, 0, keepdims=False),
-                        cached[offset],
-                    )
-                params = parameters(offset, j, unit_rows)
+                    state = jax.tree.map(functools.partial(_row, at=j), cached[offset])
+                params = rows.of(segment, offset, j, unit_rows)
                 stream, state, aux = step.run(params, policies[offset], stream, state, memory)
                 if carries_state:
                     new = jax.tree.map(
@@ -399,21 +351,98 @@ class Stack(nn.Module):
             return (stream, cached), (tuple(fresh), tuple(reports))
 
         carry = (stream, states if carries_state else None)
-        xs = (jnp.arange(repeats), sliced, data)
-        if repeats < _SCAN_FROM:
-            parts = []
-            for j in range(repeats):
-                carry, part = body(carry, jax.tree.map(lambda x, j=j: x[j], xs))
-                parts.append(part)
-            ys = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-        else:
-            carry, ys = jax.lax.scan(body, carry, xs)
-        stream, cached = carry
-        fresh, reports = ys
-        aux = [
-            jax.tree.map(lambda x, j=j: x[j], report) for j in range(repeats) for report in reports
-        ]
+        xs = (jnp.arange(repeats), rows.per_repeat(segment), data)
+        (stream, cached), (fresh, reports) = jax.lax.scan(body, carry, xs)
+        aux = [jax.tree.map(lambda x, j=j: x[j], each) for j in range(repeats) for each in reports]
         return stream, (cached if carries_state else fresh), aux
+
+
+class _Rows:
+    """Finds the rows of each step in the leaves of a stack.
+
+    Rows are indexed in place in inference: a cut copies the weights once. Where gradients may flow,
+    `cut` splits every leaf once, because the transpose of a split is one concatenation.
+    """
+
+    def __init__(self, steps: tuple[Step, ...], tree: dict[str, Any]):
+        self._steps = steps
+        self._owners = _owners(steps)
+        self._leaves = flatten_dict(tree)
+        self._pieces: dict[Path, dict[int, Array]] | None = None
+        self.unstacked = any(isinstance(leaf, tuple) for leaf in self._leaves.values())
+
+    def cut(self, segments: Sequence[Segment]) -> None:
+        """Cut every leaf into the rows of each of the segments, which follow one another."""
+        self._pieces = {}
+        if self.unstacked or not segments:
+            return
+        ends = [(start, start + period * repeats) for start, period, repeats in segments]
+        spans = [(0, ends[0][0]), *ends, (ends[-1][1], len(self._steps))]
+        for path, leaf in self._leaves.items():
+            if not _is_shared(self._steps, path):
+                sizes = [sum(a <= owner < b for owner in self._owners[path]) for a, b in spans]
+                pieces = jax.lax.split(leaf, sizes)[1:-1]
+                self._pieces[path] = {a: piece for (a, _), piece in zip(ends, pieces, strict=True)}
+
+    def per_repeat(self, segment: Segment) -> dict[Path, Array]:
+        """Cut rows of a scanned segment, [repeats, rows of a unit, …]; nothing if not cut."""
+        start, period, repeats = segment
+        found = {}
+        for path, pieces in (self._pieces or {}).items():
+            if width := self._count(path, start, start + period):
+                piece = pieces[start]
+                found[path] = piece.reshape(repeats, width, *piece.shape[1:])
+        return found
+
+    def of(
+        self, segment: Segment, offset: int, j: Array | int, unit_rows: dict[Path, Array]
+    ) -> dict[str, Any]:
+        """The parameters of step `offset` of the unit in its repeat `j`."""
+        start, period, repeats = segment
+        found = {}
+        for path, owners in self._owners.items():
+            if start + offset not in owners:
+                continue
+            leaf, before = self._leaves[path], self._count(path, 0, start)
+            rank = owners.index(start + offset) - before
+            if _is_shared(self._steps, path):
+                row = leaf[0]
+            elif path in unit_rows:
+                row = unit_rows[path][rank]
+            elif self._pieces and path in self._pieces:
+                row = self._pieces[path][start][rank]
+            elif repeats == 1:
+                row = leaf[before + rank]
+            else:
+                row = _row(leaf, before + j * self._count(path, start, start + period) + rank)
+            found[path[1:]] = row
+        return unflatten_dict(found)
+
+    def _count(self, path: Path, start: int, stop: int) -> int:
+        return sum(start <= owner < stop for owner in self._owners[path])
+
+
+def unstack(params: Any, names: Any) -> Any:
+    """Parameters with every stacked leaf as a tuple of its rows, for inference on a CPU.
+
+    Args:
+      params: unboxed parameters of a model.
+      names: their logical axis names (`zoo.models.core.names.tree_names`).
+    """
+    return jax.tree.map(
+        lambda axes, leaf: tuple(leaf) if axes and axes[0] == "layers" else leaf,
+        names,
+        params,
+        is_leaf=lambda axes: isinstance(axes, tuple),
+    )
+
+
+def _row(leaf: Array, at: Array | int) -> Array:
+    return jax.lax.dynamic_index_in_dim(leaf, at, 0, keepdims=False)
+
+
+def _is_shared(steps: tuple[Step, ...], path: Path) -> bool:
+    return any(p.shared and p.name == path[1] for step in steps for p in step.policies)
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,0 +1,305 @@
+"""The Qwen-VL assembly: pictures in their native resolution, merged patches, a decoder with rotary
+positions in time, rows and columns.
+
+Follows: arXiv:2409.12191 (Qwen2-VL), arXiv:2502.13923 (Qwen2.5-VL).
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from zoo.models.core.config import ModelConfig
+from zoo.models.core.errors import UsageError
+from zoo.models.core.hf import Fields
+from zoo.models.core.keytable import Table
+from zoo.models.core.types import Array, Batch, Memory, Stream, TokenSet, Visual
+from zoo.models.parts.assemblies.language import LanguageModel
+from zoo.models.parts.assemblies.splice import splice
+from zoo.models.parts.decoders.gqa import Decoder, DecoderConfig, Plan, decoder_table
+from zoo.models.parts.decoders.reading import read_decoder, read_rope
+from zoo.models.parts.layers.rope import RopeConfig
+from zoo.models.parts.towers.qwen_vit import (
+    PatchMerger,
+    QwenViTConfig,
+    merger_table,
+    tower_table,
+)
+
+QWEN2_7B = DecoderConfig(
+    vocab_size=152_064,
+    width=3584,
+    depth=28,
+    num_heads=28,
+    num_kv_heads=4,
+    mlp_dim=18_944,
+    context=32_768,
+    rope=RopeConfig(theta=1e6, sections=(16, 24, 24)),
+    norm_eps=1e-6,
+    qkv_bias=True,
+)
+"""The language model of the 7B models."""
+
+RENAMES = ((r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual."))
+"""From the names of the live modules of transformers 5 to those of the hub's checkpoints."""
+
+
+@dataclass(frozen=True)
+class QwenVLConfig(ModelConfig):
+    """A vision-language model. The defaults are Qwen2-VL 7B.
+
+    Attributes:
+      tower: the vision transformer.
+      decoder: the language model; its rotary embedding has `sections`.
+      policies: applied to the decoder's plan in this order; the first is innermost.
+      image_id: the placeholder id of an image.
+      video_id: the placeholder id of a video.
+      tokens_per_second: temporal positions per second of video; None: one per pair of frames. The
+        processor reads it.
+      num_images: images per example that `inputs` describes.
+      image_size: side in pixels of the square images that `inputs` describes.
+      text_tokens: text length that `inputs` describes.
+    """
+
+    tower: QwenViTConfig = field(default_factory=QwenViTConfig)
+    decoder: DecoderConfig = QWEN2_7B
+    policies: tuple[Any, ...] = ()
+    image_id: int = 151_655
+    video_id: int = 151_656
+    tokens_per_second: float | None = None
+    num_images: int = 1
+    image_size: int = 448
+    text_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        side = self.tower.patch_size * self.tower.merge_size
+        if self.image_size % side:
+            raise ValueError(f"image_size = {self.image_size}: want a multiple of {side}")
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens that the language model sees of an image of `inputs`."""
+        return (self.image_size // self.tower.patch_size) ** 2 // self.tower.block
+
+    def plan(self) -> Plan:
+        """The decoder's plan with all policies applied."""
+        plan = self.decoder.plan()
+        for policy in self.policies:
+            plan = policy.apply(plan, slots=self.num_images * self.image_tokens)
+        return plan
+
+    def build(self) -> "QwenVL":
+        """The module."""
+        return QwenVL(self)
+
+    def inputs(self, batch_size: int) -> Batch:
+        """Shapes of a training batch."""
+        tower, b, i, t = self.tower, batch_size, self.num_images, self.text_tokens
+        patches, slots = self.image_tokens * tower.block, i * self.image_tokens
+        ints = {
+            "ids": (b, t),
+            "labels": (b, t),
+            "segments": (b, t),
+            "sizes": (b, i),
+            "patch_grid": (b, i * patches, 2),
+            "patch_segment": (b, i * patches),
+            "patch_frame": (b, i, patches),
+        }
+        if tower.window_size is not None:
+            windows = i * (-(-self.image_size // tower.window_size)) ** 2
+            ints["patch_window"] = (b, windows, tower.window_patches)
+        floats = {
+            "patches": (b, i * patches, tower.patch_dim),
+            "positions": (b, t - i + slots, 3),
+        }
+        return {
+            **{name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in ints.items()},
+            **{name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in floats.items()},
+            "text_mask": jax.ShapeDtypeStruct((b, t), jnp.bool_),
+        }
+
+
+class QwenVL(LanguageModel):
+    """Pictures through tower and merger into the placeholders of the text, then the decoder."""
+
+    config: QwenVLConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.tower = c.tower.build()
+        self.connector = PatchMerger(
+            c.tower.width, c.decoder.width, c.tower.block, c.tower.norm, c.tower.norm_eps
+        )
+        self.decoder = Decoder(c.decoder, c.plan())
+
+    def encode_image(self, batch: Batch) -> Visual:
+        """The pictures of a batch (its names that begin with `patch`) as tokens [B, 1, S, D]: those
+        of all pictures of a row, in the order of their placeholders, then padding.
+        """
+        features = self.tower(
+            batch["patches"],
+            grid=batch["patch_grid"],
+            segment=batch["patch_segment"],
+            frame=batch["patch_frame"],
+            window=batch.get("patch_window"),
+        )
+        tokens, mask = self.connector(features)
+        return Visual(TokenSet(tokens[:, None], mask[:, None]))
+
+    def stream(self, batch: Batch, budget: int | Array | None) -> tuple[Stream, Memory]:
+        """Embedded text with the pictures in their places; text alone if there are no patches.
+
+        Raises:
+          ValueError: a budget, because every picture keeps all of its tokens; or patches without
+            `sizes` and `positions`.
+        """
+        if budget is not None:
+            raise ValueError(f"budget = {budget}: this model keeps all tokens of a picture")
+        vision = None
+        if "patches" in batch:
+            if missing := sorted({"sizes", "positions"} - set(batch)):
+                raise ValueError(f"a batch with patches also needs {' and '.join(missing)}")
+            vision = self.encode_image(batch).tokens
+        ids, image_id = batch["ids"], self.config.image_id
+        stream = splice(
+            jnp.where(ids == self.config.video_id, image_id, ids),
+            self.decoder.embed(ids),
+            vision,
+            image_id=image_id,
+            text_mask=batch.get("text_mask"),
+            labels=batch.get("labels"),
+            segments=batch.get("segments"),
+            sizes=batch.get("sizes"),
+        )
+        if vision is not None:
+            check = stream.tokens.valid.shape
+            if batch["positions"].shape != (*check, 3):
+                raise ValueError(
+                    f"positions: got {batch['positions'].shape}, want {(*check, 3)}, one for every "
+                    "token of the expanded sequence"
+                )
+            tokens = stream.tokens.replace(position=batch["positions"].astype(jnp.float32))
+            stream = stream.replace(tokens=tokens)
+        return stream, {}
+
+
+def qwen_vl_table(config: QwenVLConfig) -> Table:
+    """Keys in the hub's checkpoints: `visual.…`, `model.…` and `lm_head.…`."""
+    return (
+        tower_table(config.tower).under("tower", "visual.")
+        + merger_table(config.tower).under("connector", "visual.merger.")
+        + decoder_table(config.decoder).under("decoder")
+    )
+
+
+def tower_fields(vision: Fields) -> dict[str, Any]:
+    """What the towers of all versions share in their `vision_config`, for `QwenViTConfig`."""
+    channels, patch_size = vision.take("in_channels", 3), vision.take("patch_size", 14)
+    # What older files call the same things again; the original does not read these.
+    vision.want("in_chans", channels)
+    vision.want("spatial_patch_size", patch_size)
+    rope = vision.sub("rope_parameters")
+    rope.want("rope_type", "axial", "default")
+    theta = float(rope.take("rope_theta", 10_000.0))
+    rope.done()
+    return {
+        "depth": vision.take("depth", 32),
+        "num_heads": vision.take("num_heads", 16),
+        "channels": channels,
+        "patch_size": patch_size,
+        "temporal_patch_size": vision.take("temporal_patch_size", 2),
+        "merge_size": vision.take("spatial_merge_size", 2),
+        "rope_theta": theta,
+    }
+
+
+def read_qwen_vl(
+    fields: Fields, tower: QwenViTConfig, width: int, tokens_per_second: float | None = None
+) -> QwenVLConfig:
+    """The configuration that a `config.json` of the family describes.
+
+    The fields of the language model stand in `text_config`, or in older files beside
+    `vision_config`; of files that have both the original reads the former.
+
+    Args:
+      fields: of the whole file.
+      tower: what its `vision_config` says.
+      width: of the tokens that the tower makes for the language model.
+      tokens_per_second: as in `QwenVLConfig`.
+
+    Raises:
+      UsageError: a field that this code does not compute.
+    """
+    text = fields
+    if "text_config" in fields:
+        text = fields.sub("text_config")
+        fields.ignore(*_TEXT_FIELDS)
+    decoder = _read_decoder(text, bool(fields.take("tie_word_embeddings", False)))
+    if width != decoder.width:
+        raise UsageError(
+            f"{fields.name}: the tower makes tokens of width {width}, the language model takes "
+            f"{decoder.width}"
+        )
+    # The tokens around a picture, which the prompt holds.
+    fields.ignore("vision_start_token_id", "vision_end_token_id", "vision_token_id")
+    config = QwenVLConfig(
+        tower,
+        decoder,
+        tokens_per_second=tokens_per_second,
+        image_id=fields.take("image_token_id", 151_655),
+        video_id=fields.take("video_token_id", 151_656),
+    )
+    text.done()
+    fields.done()
+    return config
+
+
+_TEXT_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "use_sliding_window",
+    "sliding_window",
+    "max_window_layers",
+    "layer_types",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+)
+"""What older files say of the language model beside `vision_config`."""
+
+
+def _read_decoder(fields: Fields, tied: bool) -> DecoderConfig:
+    """The language model; `tied` is what the whole file says of the embeddings."""
+    fields.want("hidden_act", "silu")
+    fields.want("use_sliding_window", False)
+    fields.ignore("sliding_window", "max_window_layers")  # not in use
+    context = fields.take("max_position_embeddings", 32_768)
+    decoder = read_decoder(
+        fields,
+        vocab_size=152_064,
+        width=8192,
+        mlp_dim=29_568,
+        depth=80,
+        num_heads=64,
+        num_kv_heads=8,
+        context=context,
+        norm_eps=1e-5,
+        rope=read_rope(
+            fields,
+            context=context,
+            theta=1e6,
+            kinds=("default", "linear", "yarn"),
+            sections=(16, 24, 24),
+        ),
+        qkv_bias=True,
+    )
+    fields.want("layer_types", ("full_attention",) * decoder.depth)
+    return replace(decoder, tie_embeddings=tied or decoder.tie_embeddings)

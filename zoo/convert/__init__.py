@@ -1,0 +1,1 @@
+"""Checkpoints of other codes: read without running anything, converted, written back, compared."""

@@ -1,0 +1,1 @@
+"""`zoo convert`, `zoo export` and `zoo verify`: checkpoints in, out, and compared."""

@@ -1,0 +1,265 @@
+"""A model with everything that it needs, ready to be asked."""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, overload, runtime_checkable
+
+import flax.linen as nn
+import jax
+
+from zoo.generate.autoregressive import Answers, Reader, reading
+from zoo.generate.sampling import Sampling
+from zoo.generate.text import spoken
+from zoo.images import Source
+from zoo.models.core.config import ModelConfig
+from zoo.models.core.errors import UsageError
+from zoo.models.core.types import Array, Batch
+from zoo.models.parts.assemblies.language import LanguageModel
+from zoo.processors.vlm import Processor
+
+Images = Source | Sequence[Source] | None
+"""What a prompt shows: one picture, several in the order of their places, or none."""
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A question; or a conversation, a list of messages with `role` and `content`."""
+
+
+@runtime_checkable
+class Speaker(Protocol):
+    """A processor of a model that answers."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        ...
+
+    def encode_prompt(self, images: Any, prompts: Any) -> Batch:
+        """A batch of prompts, each with its pictures."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer."""
+        ...
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with everything that it needs.
+
+    Attributes:
+      folder: where it was loaded from.
+      config: builds the module.
+      model: the Flax module.
+      params: its parameters; `model.apply({"params": params}, batch)`.
+      processor: from pictures and text to batches, and from ids to text: a `Speaker` for a model
+        that answers, None for a checkpoint without a tokenizer.
+      about: where it is from, such as the experiment and the step.
+    """
+
+    folder: Path
+    config: ModelConfig
+    model: nn.Module
+    params: Any
+    processor: Any
+    about: dict[str, Any]
+
+    @overload
+    def generate(
+        self,
+        images: Images,
+        prompts: Prompt,
+        *,
+        system: str | None = ...,
+        budget: int | None = ...,
+        max_new_tokens: int = ...,
+        sampling: Sampling | None = ...,
+        stop: Sequence[str] = ...,
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        images: Sequence[Images] | None,
+        prompts: list[Prompt],
+        *,
+        system: str | None = ...,
+        budget: int | None = ...,
+        max_new_tokens: int = ...,
+        sampling: Sampling | None = ...,
+        stop: Sequence[str] = ...,
+    ) -> list[str]: ...
+
+    def generate(
+        self,
+        images: Images | Sequence[Images],
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        system: str | None = None,
+        budget: int | None = None,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> str | list[str]:
+        """Answer one question or the last of a conversation, or a batch of them.
+
+        Args:
+          images: what is shown: a file, the bytes of one, a PIL image or an array; None for text
+            alone. With several prompts, a list of what each shows.
+          prompts: the question or the conversation, or a list of them.
+          system: what the model is told before the conversation, where its template has a place for
+            it.
+          budget: how many vision tokens a picture may take; by default all that the model has.
+          max_new_tokens: where an answer is cut off at the latest.
+          sampling: how tokens are chosen; by default the most likely ones.
+          stop: strings that end an answer, which is cut off where the first of them begins.
+
+        Returns:
+          the answer, or a list of answers to a list of prompts.
+
+        Raises:
+          ZooError: a picture cannot be read, or a prompt is empty or too long.
+          UsageError: pictures and places for them differ in number, or the model cannot take this
+            budget.
+        """
+        batch = self._encode(images, prompts, system)
+        answers = self.answers(
+            batch, budget=budget, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
+        )
+        single = isinstance(prompts, str) or isinstance(prompts[0], Mapping)
+        return answers[0] if single else answers
+
+    def stream(
+        self,
+        images: Images,
+        prompt: Prompt,
+        *,
+        system: str | None = None,
+        budget: int | None = None,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        every: int = 4,
+    ) -> Iterator[str]:
+        """Answer one question piece by piece; together the pieces are what `generate` returns.
+
+        Args: as those of `generate`, and
+          every: how many tokens are written between two pieces.
+
+        Returns:
+          an iterator of texts, which never end in the middle of a character, nor with what may turn
+          out to be the beginning of a stop string.
+
+        Raises:
+          As `generate`.
+        """
+        batch = self._encode(images, prompt, system)
+        answers = self._begin(batch, budget, max_new_tokens, sampling)
+        return _pieces(spoken(answers, self._speaker().decode, stop=stop, every=every))
+
+    def answers(
+        self,
+        batch: Batch,
+        *,
+        budget: int | Array | None = None,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[str]:
+        """Answer a batch of prompts, as `processor.encode_prompt` makes it.
+
+        Args:
+          batch: the prompts.
+          budget: as in `generate`, or an array as `zoo.generate.autoregressive.generate` takes it.
+          max_new_tokens: as in `generate`.
+          sampling: as in `generate`.
+          stop: as in `generate`.
+
+        Raises:
+          UsageError: the model cannot take this budget, or a prompt with the new tokens is longer
+            than its context.
+        """
+        answers = self._begin(batch, budget, max_new_tokens, sampling)
+        *_, texts = spoken(answers, self._speaker().decode, stop=stop)
+        return texts
+
+    def logits(self, batch: Batch, *, budget: int | Array | None = None) -> Array:
+        """Float32 logits [B, L, V] of the token after each token of the expanded sequence.
+
+        Args:
+          batch: prompts, or whole conversations.
+          budget: as in `answers`.
+
+        Raises:
+          UsageError: the model cannot take this budget.
+        """
+        reader, masked = reading(self.model, budget)
+        inputs = {name: array for name, array in batch.items() if name != "labels"}
+        with _refusing(budget):
+            return _logits(reader, self.params, inputs, masked)
+
+    def _encode(self, images: Any, prompts: Any, system: str | None) -> Batch:
+        speaker = self._speaker()
+        if system is None:
+            return speaker.encode_prompt(images, prompts)
+        if isinstance(speaker, Processor):
+            raise UsageError("this model has learned no system text: leave it out")
+        return speaker.encode_prompt(images, prompts, system=system)
+
+    def _speaker(self) -> Any:
+        """The processor, if this is a model that answers."""
+        if not isinstance(self.model, LanguageModel):
+            raise UsageError(f"{self.folder} holds a model that writes no text")
+        if not isinstance(self.processor, Speaker):
+            raise UsageError(
+                f"{self.folder} has no tokenizer, so the model takes batches (`logits`) but no "
+                "text: add the tokenizer's files to the checkpoint"
+            )
+        return self.processor
+
+    def _begin(
+        self,
+        batch: Batch,
+        budget: int | Array | None,
+        max_new_tokens: int,
+        sampling: Sampling | None,
+    ) -> Answers:
+        """The answers, with their first tokens."""
+        reader, masked = reading(self.model, budget)
+        with _refusing(budget):
+            return Answers(
+                reader,
+                self.params,
+                batch,
+                max_new_tokens=max_new_tokens,
+                eos_id=self._speaker().stop_ids,
+                sampling=sampling,
+                budget=masked,
+            )
+
+
+def _pieces(texts: Iterator[list[str]]) -> Iterator[str]:
+    """What each text of a single row adds to the one before."""
+    said = ""
+    for [text] in texts:
+        if len(text) > len(said):
+            yield text[len(said) :]
+            said = text
+
+
+@contextlib.contextmanager
+def _refusing(budget: int | Array | None) -> Iterator[None]:
+    """Turn what a model raises about a budget that it cannot take into an error of the user's."""
+    try:
+        yield
+    except ValueError as error:
+        if budget is None:
+            raise
+        raise UsageError(str(error)) from error
+
+
+@functools.partial(jax.jit, static_argnames="reader")
+def _logits(reader: Reader, params: Any, batch: Batch, budget: Array | None) -> Array:
+    return reader.logits(params, batch, budget)
