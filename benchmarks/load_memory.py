@@ -113,10 +113,12 @@ def main() -> int:
         theirs, ours, back = (Path(scratch) / name for name in ("theirs", "ours", "back"))
         theirs.mkdir()
         size = write_checkpoint(theirs, args.gigabytes)
-        peaks = {job: peak(job, theirs, ours, back) for job in _JOBS}
-    ratios = {job: round(value / size, 3) for job, value in peaks.items()}
-    for job, value in peaks.items():
-        print(f"{job:15} {value / 1e9:6.2f} GB  {ratios[job]:.2f} of the checkpoint")
+        print(f"{'checkpoint':15} {size / 1e9:6.2f} GB", flush=True)
+        peaks, ratios = {}, {}
+        for job in _JOBS:
+            peaks[job] = peak(job, theirs, ours, back)
+            ratios[job] = round(peaks[job] / size, 3)
+            print(f"{job:15} {peaks[job] / 1e9:6.2f} GB  {ratios[job]:.2f} of it", flush=True)
     if args.json:
         facts = {
             "checkpoint_bytes": size,

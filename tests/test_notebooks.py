@@ -22,9 +22,20 @@ from zoo.train.objectives import NextToken
 
 tiny = replace(digits_vqa_tiny.config(), eval_examples=0, objective=NextToken((2, 4), masked=True))
 digits_vqa.config = lambda: tiny
-"""
+""",
+    "02_convert_and_generate.ipynb": """
+MODEL, WORK = None, "run"
+
+import tests.live.reference  # declares what a torchvision for the CPU lacks
+""",
 }
 """What stands in the cell with parameters when the tests run it."""
+
+PICTURES = {
+    "01_quickstart.ipynb": [True, True, False],
+    "02_convert_and_generate.ipynb": [False],
+}
+"""Of the pictures that each shows, whether they are wide."""
 
 
 def test_every_notebook_is_tested():
@@ -55,9 +66,9 @@ def test_execution(path, tmp_path, monkeypatch):
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
     shown = [
-        Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
+        Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).width
         for cell in notebook.cells
         for output in cell.get("outputs", ())
         if "image/png" in output.get("data", {})
     ]
-    assert [picture.width > 600 for picture in shown] == [True, True, False]
+    assert [width > 600 for width in shown] == PICTURES[path.name]

@@ -73,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("pattern", nargs="?", help="part of a name or title, or a pattern: 'mqt*'")
     listing.add_argument("--kind", help="such as vlm or connector; any part of a compound kind")
     listing.add_argument("--status", help="planned, shapes, parity or trained")
+    listing.add_argument(
+        "--bases", action="store_true", help="list the base models that checkpoints are read into"
+    )
     listing.add_argument("--json", action="store_true", help="print a list of objects")
     listing.set_defaults(run=_list)
 
@@ -100,6 +103,8 @@ def _version() -> str:
 def _list(args: argparse.Namespace) -> int:
     from zoo.models.core.registry import listings
 
+    if args.bases:
+        return _list_bases(args)
     found = listings(args.pattern, kind=args.kind, status=args.status)
     if args.json:
         _print_json([asdict(line) for line in found])
@@ -111,6 +116,28 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
+def _list_bases(args: argparse.Namespace) -> int:
+    from zoo.models.core.registry import base_index
+
+    if args.kind or args.status:
+        raise UsageError("--bases lists models without kind or status: leave --kind, --status out")
+    found = [
+        {"slug": slug, "model_types": row["model_types"], "variants": row["variants"]}
+        for slug, row in base_index().items()
+        if any((args.pattern or "") in name for name in (slug, *row["variants"]))
+    ]
+    if args.json:
+        _print_json(found)
+        return 0
+    rows = [
+        (row["slug"], *(", ".join(row[k]) for k in ("model_types", "variants"))) for row in found
+    ]
+    if rows:
+        _print_table(("slug", "model_type", "sizes"), rows)
+    print(f"{len(found)} base model{'' if len(found) == 1 else 's'}", file=sys.stderr)
+    return 0
+
+
 def _info(args: argparse.Namespace) -> int:
     facts = describe(args.name)
     if args.json:
@@ -118,7 +145,7 @@ def _info(args: argparse.Namespace) -> int:
         return 0
     variants = facts.pop("variants")
     differs = facts.pop("differs")
-    _print_table(None, [(key, str(value)) for key, value in facts.items() if value])
+    _print_table(None, [(key, _text(value)) for key, value in facts.items() if value])
     if differs:
         print("\ndiffers from the official code:")
         for sentence in differs:
@@ -128,6 +155,10 @@ def _info(args: argparse.Namespace) -> int:
         sizes = [(part, f"{count:,}") for part, count in variant["parameters"].items()]
         _print_table(None, sizes, right=True)
     return 0
+
+
+def _text(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def _new(args: argparse.Namespace) -> int:
@@ -149,13 +180,15 @@ def describe(name: str) -> dict[str, Any]:
 
     Returns:
       The card's facts, `status`, and for each of `variants` its `name` and `parameters` by part and
-      in `total`.
+      in `total`. A base model has no card, but `model_types`.
 
     Raises:
       UsageError: if nothing is called so.
     """
     from zoo.models.core import registry
 
+    if any(name in (slug, *row["variants"]) for slug, row in registry.base_index().items()):
+        return _describe_base(name)
     card = registry.card(name)
     line = registry.listing(card.slug)
     chosen = [name] if name in line.variants else list(line.variants)
@@ -172,6 +205,26 @@ def describe(name: str) -> dict[str, Any]:
         "differs": list(card.differs),
         "variants": [
             {"name": variant, "parameters": count_parameters(registry.config(variant))}
+            for variant in chosen
+        ],
+    }
+
+
+def _describe_base(name: str) -> dict[str, Any]:
+    """What `describe` tells, of a base model."""
+    from zoo.models.core import registry
+
+    base = registry.base(name)
+    chosen = [name] if name in base.variants else list(base.variants)
+    return {
+        "slug": base.slug,
+        "title": base.title,
+        "kind": "base",
+        "paper": base.paper,
+        "model_types": list(base.hf),
+        "differs": [],
+        "variants": [
+            {"name": variant, "parameters": count_parameters(base.variants[variant])}
             for variant in chosen
         ],
     }

@@ -36,6 +36,11 @@ class Speaker(Protocol):
         """The tokens that end an answer."""
         ...
 
+    @property
+    def byte_id(self) -> int | None:
+        """The token of a byte that is in no character, where there are tokens for bytes."""
+        ...
+
     def encode_prompt(self, images: Any, prompts: Any) -> Batch:
         """A batch of prompts, each with its pictures."""
         ...
@@ -157,7 +162,7 @@ class Loaded:
         """
         batch = self._encode(images, prompt, system)
         answers = self._begin(batch, budget, max_new_tokens, sampling)
-        return _pieces(spoken(answers, self._speaker().decode, stop=stop, every=every))
+        return _pieces(self._spoken(answers, stop, every))
 
     def answers(
         self,
@@ -182,7 +187,7 @@ class Loaded:
             than its context.
         """
         answers = self._begin(batch, budget, max_new_tokens, sampling)
-        *_, texts = spoken(answers, self._speaker().decode, stop=stop)
+        *_, texts = self._spoken(answers, stop)
         return texts
 
     def logits(self, batch: Batch, *, budget: int | Array | None = None) -> Array:
@@ -218,6 +223,12 @@ class Loaded:
                 "text: add the tokenizer's files to the checkpoint"
             )
         return self.processor
+
+    def _spoken(
+        self, answers: Answers, stop: Sequence[str], every: int | None = None
+    ) -> Iterator[list[str]]:
+        speaker = self._speaker()
+        return spoken(answers, speaker.decode, byte_id=speaker.byte_id, stop=stop, every=every)
 
     def _begin(
         self,

@@ -15,13 +15,6 @@ def read(fields: Fields) -> CausalLMConfig:
     fields.want("use_bidirectional_attention", False)
     # The activation is told by hidden_activation; how its cache is kept is a matter of generation.
     fields.ignore("hidden_act", "cache_implementation")
-    caps = {
-        name: None if fields.is_null(key) else float(fields.take(key, default))
-        for name, key, default in (
-            ("attention_softcap", "attn_logit_softcapping", 50.0),
-            ("logit_softcap", "final_logit_softcapping", 30.0),
-        )
-    }
     depth, width = fields.take("num_hidden_layers", 26), fields.take("hidden_size", 2304)
     types = tuple(FULL if layer % 2 else "sliding_attention" for layer in range(depth))
     bias = fields.take("attention_bias", False)
@@ -43,11 +36,18 @@ def read(fields: Fields) -> CausalLMConfig:
         qkv_bias=bias,
         out_bias=bias,
         attention_scale=fields.take("query_pre_attn_scalar", 256) ** -0.5,
+        attention_softcap=_cap(fields, "attn_logit_softcapping", 50.0),
+        logit_softcap=_cap(fields, "final_logit_softcapping", 30.0),
         embed_scale=width**0.5,
-        **caps,
     )
     fields.done()
     return CausalLMConfig(decoder)
+
+
+def _cap(fields: Fields, key: str, default: float) -> float | None:
+    """A bound of logits, null for none."""
+    cap = float(fields.take(key, default))
+    return None if fields.is_null(key) else cap
 
 
 def _sized(

@@ -255,7 +255,7 @@ class Table:
             for r, paths, keys in _instances(row):
                 ours = [np.asarray(leaves[p] if r is None else leaves[p][r]) for p in paths]
                 theirs = row.transform.save(ours)
-                yield {k: np.ascontiguousarray(t) for k, t in zip(keys, theirs, strict=True)}
+                yield {k: np.asarray(t, order="C") for k, t in zip(keys, theirs, strict=True)}
 
     def _check_paths(self, flat_params: Mapping[str, Any]) -> None:
         """Every parameter of ours stands in exactly one row, with as many rows as it has steps."""
@@ -329,19 +329,22 @@ def _check_keys(want: Mapping[str, Shape], state: State, aliases: Mapping[str, s
     missing = sorted(set(want) - set(state))
     extra = sorted(set(state) - set(want) - set(aliases))
     want = {**want, **{key: want[of] for key, of in aliases.items() if key in state}}
-    for key in missing:
-        near = difflib.get_close_matches(key, extra, 1)
-        problems.append(f"missing: {key} {want[key]}" + (f" (nearest: {near[0]})" if near else ""))
-    for key in extra:
-        near = difflib.get_close_matches(key, missing, 1)
-        problems.append(
-            f"extra: {key} {tuple(state[key].shape)}" + (f" (nearest: {near[0]})" if near else "")
-        )
+    for number, key in enumerate(missing):
+        problems.append(f"missing: {key} {want[key]}{_nearest(number, key, extra)}")
+    for number, key in enumerate(extra):
+        shape = tuple(state[key].shape)
+        problems.append(f"extra: {key} {shape}{_nearest(number, key, missing)}")
     for key in want:
         if key in state and tuple(state[key].shape) != want[key]:
             problems.append(f"misshapen: {key} is {tuple(state[key].shape)}, want {want[key]}")
     if problems:
         raise ZooError("the checkpoint does not fit the model:\n  " + "\n  ".join(problems))
+
+
+def _nearest(number: int, key: str, others: Sequence[str]) -> str:
+    """The name most like `key`; beyond the first problems it helps nobody, and takes long."""
+    near = difflib.get_close_matches(key, others, 1) if number < 50 else []
+    return f" (nearest: {near[0]})" if near else ""
 
 
 def _check_alias(row: Alias, state: State) -> None:

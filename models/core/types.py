@@ -7,7 +7,8 @@ head_dim, V vocabulary.
 A *batch* is a flat mapping of reserved names to arrays; a model reads those that it knows:
 
     pixels     [B, M, H, W, C] float32, normalised: M images or tiles of images, in the order of
-               their placeholders, zeros where a row has fewer; absent for text only
+               their placeholders, zeros where a row has fewer; absent for text only. Classifiers
+               and dual encoders take [B, H, W, C]
     ids        [B, T] int32, one placeholder id per image, the same number I of them in every row:
                unused ones stand in the padding, `text_mask` False
     sizes      [B, I] int32, how many vision tokens take the place of each placeholder; absent where
@@ -22,6 +23,8 @@ A *batch* is a flat mapping of reserved names to arrays; a model reads those tha
                towers that take these instead of `pixels`; with them come `patch_grid` [B, P, 2],
                `patch_segment` [B, P], `patch_frame` [B, G, K] and `patch_window` [B, W, K'], all
                int32, which `parts/towers/qwen_vit.py` explains
+    token_types [B, T] int32, the segment embedding of BERT
+    context    [B, S, D'] and `context_mask` [B, S] bool, what cross-attention reads
     labels     [B, T] int32, aligned with `ids`; `IGNORE` where nothing is learned
     text_mask  [B, T] bool, False on padding
     segments   [B, T] int32: 0 is seen by all that comes after it, every other number only by its
@@ -166,7 +169,7 @@ class Features:
       tokens: [..., N, D] patch tokens.
       grid: (h, w) or (z, h, w), static; its product is N.
       mask: bool [..., N], False on padding; None when all are real.
-      cls: [..., D] class token, where the tower has one.
+      cls: [..., D] class token, or what the tower's pooling head returns, where it has one.
       taps: {layer: [..., N (+ prefix tokens), D]} the output of that layer (0 is the input of the
         first).
       qk: {layer: (q, k)} each [..., N (+ prefix tokens), H, E], after the projection biases.

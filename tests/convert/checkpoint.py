@@ -79,5 +79,10 @@ def same_bits(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-def leaves(params):
-    return jax.tree_util.tree_leaves_with_path(params)
+def nbytes_per_device(arrays):
+    """Bytes of all arrays of a tree on every device."""
+    out = {}
+    for leaf in jax.tree.leaves(arrays):
+        for part in leaf.addressable_shards:
+            out[part.device] = out.get(part.device, 0) + part.data.size * leaf.itemsize
+    return out

@@ -21,8 +21,12 @@ from zoo.convert import parts
 from zoo.convert.convert import convert
 from zoo.convert.export import export
 from zoo.convert.folder import read_weights
+from zoo.convert.parts import StoredParts, list_parts, write_part
 from zoo.models.core.errors import UsageError, ZooError
+from zoo.models.core.keytable import Piece, Row, Table
 from zoo.train.mesh import MeshConfig, make_mesh
+
+ONE = np.float32(1)[None].reshape(())
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +300,17 @@ def test_float8_and_a_bin_go_both_ways(tmp_path):
     convert(write_checkpoint(tmp_path / "eight", eight), tmp_path / "ours8")
     export(tmp_path / "ours8", tmp_path / "back8")
     assert same_state(tmp_path / "back8", eight)
+
+
+def test_numbers_keep_their_shape(tmp_path):
+    """A parameter without axes, as the temperature of CLIP is."""
+    pieces = [Piece({"scale": ((), np.dtype(np.float32))}, None, (), lambda: {"scale": 2 * ONE})]
+    write_part(tmp_path / "000", pieces)
+    stored = StoredParts(tmp_path, list_parts({"000": pieces}))
+    (piece,) = stored.pieces()
+    assert same_bits(piece.read()["scale"], 2 * ONE)
+    table = Table((Row("scale", "logit_scale"),))
+    assert table.save({"scale": ONE})["logit_scale"].shape == ()
 
 
 def test_a_bin_with_a_flipped_bit_leaves_nothing(tmp_path):

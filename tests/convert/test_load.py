@@ -12,13 +12,13 @@ import zoo
 from tests.convert.checkpoint import (
     LLAMA,
     config_of,
+    nbytes_per_device,
     same_bits,
     state_of,
     write_checkpoint,
 )
 from zoo.convert import hub
 from zoo.convert.layout import lay_out
-from zoo.convert.place import nbytes_per_device
 from zoo.convert.tensor import Tensor
 from zoo.models.core import registry
 from zoo.models.core.errors import UsageError, ZooError

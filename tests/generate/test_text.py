@@ -5,13 +5,16 @@ import itertools
 import numpy as np
 import pytest
 
-from zoo.generate.text import first_stop, settled, spoken, whole
+from zoo.generate.text import first_stop, settled, spoken, steady, whole
 from zoo.models.core.errors import UsageError
 
 
 def decode(ids):
     """One byte for each token."""
     return bytes(ids).decode("utf-8", errors="replace")
+
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 class Script:
@@ -53,7 +56,7 @@ def test_texts_grow_into_the_same_answers(every):
     assert texts[-1] == ["two words.", "é😀 ünï", "a", "ST", ""]
     for earlier, later in itertools.pairwise(texts):
         assert all(new.startswith(old) for old, new in zip(earlier, later, strict=True))
-    assert not any("\N{REPLACEMENT CHARACTER}" in text for line in texts for text in line)
+    assert not any(BROKEN in text for line in texts for text in line)
     assert not any(text.endswith(("S", "STO")) for line in texts[:-1] for text in line)
 
 
@@ -83,12 +86,22 @@ def test_a_decoder_that_takes_back_whole_characters():
         try:
             return bytes(ids).decode()
         except UnicodeDecodeError:
-            return "\N{REPLACEMENT CHARACTER}" * len(ids)
+            return BROKEN * len(ids)
 
     assert whole("é".encode() + "é".encode()[:1], strict) == "é"
     script = Script("éé")
     script.written = [script.written[0][:-1]]
-    assert [texts[0] for texts in spoken(script, strict, every=1)] == ["", "é", "é", "é"]
+    texts = [texts[0] for texts in spoken(script, strict, byte_id=0xFF, every=1)]
+    assert texts == ["", "", "", "é"]
+
+    # Nothing is shown that may be taken back: all of these bytes are one run.
+    script = Script("Qé")
+    script.written = [[*script.written[0], 0xFF]]
+    script.most = 4
+    texts = [texts[0] for texts in spoken(script, strict, byte_id=0xFF, every=1)]
+    assert texts == ["", "", "", "Qé"]
+    assert steady(list(b"Q"), strict, 0xFF) == ""
+    assert steady(list(b"Q"), strict, None) == "Q"
 
 
 def test_settled():

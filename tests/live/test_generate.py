@@ -1,14 +1,20 @@
 """Generation against transformers: the same tokens, and the same distributions to draw from."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.live import test_decoders as decoders
 from tests.live import test_llava_family as family
 from tests.live import test_qwen_vl as qwen
-from tests.live.reference import torch, transformers
+from tests.live import tiny_processors as tiny
+from tests.live.reference import redraw, torch, transformers
+from tests.live.test_processors import photograph
+from zoo.cli import main
 from zoo.generate.autoregressive import generate
 from zoo.generate.sampling import Sampling, penalize, warp
 
@@ -128,11 +134,89 @@ def test_llava_family(name):
 def test_qwen_vl(kind):
     pair = qwen.pair(kind)
     ids, pictures = qwen.prompts(pair.spec)
-    for rows in ([0, 1, 2, 3], [2], [1]):
+    for rows in ([0, 1, 2, 3], [2]):
         prompt = [ids[row] for row in rows], [pictures[row] for row in rows]
         found = ours(pair.config, pair.params, qwen.ours(pair.spec, *prompt))
         theirs = continued(pair.hf, qwen.theirs(pair.spec, *prompt, kind, left=True))
         assert found.tolist() == theirs.tolist()
+
+
+# ------------------------------------------------------------------ from files to text
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+
+def saved(kind, folder):
+    """A tiny checkpoint in `folder`, with its processor and model."""
+    processor, _ = getattr(tiny, kind)(folder)
+    text = {"vocab_size": len(processor.tokenizer), "max_position_embeddings": 256}
+    if kind == "llava":
+        vision = {**family.CLIP, "image_size": 28, "patch_size": 14}
+        config = transformers.LlavaConfig(
+            vision_config=vision,
+            text_config={**family.LLAMA, **text},
+            image_token_index=processor.image_token_id,
+        )
+        hf = redraw(transformers.LlavaForConditionalGeneration(config))
+    else:
+        ids = {"image_token_id": processor.image_token_id}
+        ids["video_token_id"] = processor.video_token_id
+        config = transformers.Qwen2VLConfig(
+            text_config={**qwen.TEXT, **text, "rope_scaling": qwen.scaling("qwen2_vl")},
+            vision_config={**qwen.VISION["qwen2_vl"], "patch_size": 14},
+            tie_word_embeddings=False,
+            **ids,
+        )
+        hf = redraw(transformers.Qwen2VLForConditionalGeneration(config))
+    hf.generation_config = transformers.GenerationConfig(eos_token_id=[2, 300], pad_token_id=0)
+    hf.save_pretrained(folder)
+    return processor, hf
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+def test_the_command_answers_as_transformers_does(kind, tmp_path, capsys):
+    processor, hf = saved(kind, tmp_path / "model")
+    capsys.readouterr()
+    files = [tmp_path / f"{name}.png" for name in ("first", "second")]
+    pictures = [Image.fromarray(photograph(40 + 9 * i, 60 - 5 * i)) for i in range(2)]
+    for file, picture in zip(files, pictures, strict=True):
+        picture.save(file)
+    told, question = "Be brief.", "What differs?"
+    parts = [{"type": "image", "image": picture} for picture in pictures]
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": told}]},
+        {"role": "user", "content": [*parts, {"type": "text", "text": question}]},
+    ]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    options = {"max_new_tokens": 12, "do_sample": False, "repetition_penalty": 2.0}
+    new = hf.generate(**inputs, **options)
+    new = new[0, inputs["input_ids"].shape[1] :]
+    expected = processor.tokenizer.decode(new, skip_special_tokens=True).rstrip(BROKEN).strip()
+    assert len(expected) > 5, new
+
+    images = [flag for file in files for flag in ("--image", str(file))]
+    command = ["generate", str(tmp_path / "model"), *images, "--system", told]
+    command += ["--prompt", question, "--max-new-tokens", "12", "--repetition-penalty", "2"]
+    answers = []
+    for flags in ([], ["--stream"], ["--json"]):
+        assert main([*command, *flags]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+    assert json.loads(answers[2])["answer"] == answers[0][:-1]
+    # Both end in the middle of a character, which we leave out.
+    assert answers[0].startswith(expected)
+    assert len(answers[0].strip()) <= len(expected) + 3
+
+    for flags, message in (
+        (["--max-new-tokens", "250"], "the context of the model is 256 tokens"),
+        (["--prompt", " "], "the prompt is empty"),
+        (["--prompt", "word " * 300], "the model takes 256"),
+        (["--image", str(tmp_path / "third.png")], "does not exist"),
+    ):
+        assert main([*command, *flags]) in (1, 2)
+        assert message in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ what is drawn from

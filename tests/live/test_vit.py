@@ -13,10 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.live.reference import close, redraw, state_of, timm, torch, transformers
-from tests.models.draw import draw
 from zoo.models.base import dinov2, internvl, timm_vit, vit, vit_mae
 from zoo.models.core import registry
-from zoo.models.core.errors import UsageError
 from zoo.models.core.hf import Fields
 from zoo.models.parts.layers.resize import (
     resize_area,
@@ -366,51 +364,6 @@ def test_sizes_of_the_hub(name):
     assert registry.read_hf(Fields(kind, file)) == config
 
 
-def test_hooks():
-    """Kept patches, inserted tokens, an early end, images with free leading axes."""
-    config = registry.config("dinov2_tiny").tower
-    images, keep = pixels(16, 16), jnp.array([[3, 1, 7], [0, 2, 15]])
-    slots = np.ones((2, 5, 16), np.float32)
-    shape = jax.eval_shape(config.build().init, jax.random.key(0), images)["params"]
-
-    @jax.jit
-    def every(params):
-        see = lambda images, **options: run(config, params, images, **options)[0]
-        return (
-            see(images, taps=(0, 1), stop_after=1),
-            see(images, taps=(0,), keep=keep, stop_after=1),
-            see(images, taps=(0,), insert=slots, stop_after=0),
-            see(images[:, None], keep=keep[:, None], qk=(1,), stop_after=1),
-        )
-
-    whole, some, more, free = every(draw(shape))
-    close(whole.tokens, whole.taps[1][:, 3:])
-    assert some.tokens.shape == (2, 3, 16) and some.grid == (4, 4)
-    for row in (0, 1):
-        close(some.taps[0][row, 3:], whole.taps[0][row, 3 + keep[row]])
-    first = whole.taps[0]
-    close(more.taps[0], np.concatenate([first[:, :3], slots, first[:, 3:]], 1))
-    assert more.tokens.shape == whole.tokens.shape
-    close(free.tokens[:, 0], some.tokens)
-    assert free.qk[1][0].shape == (2, 1, 6, 2, 8)
-    for wrong, message in (
-        ({"stop_after": 1, "taps": (2,)}, r"taps \[2\]: want 0 to 1"),
-        ({"qk": (0,)}, r"qk \[0\]: want 1 to 2"),
-        ({"stop_after": 3}, "stop_after = 3"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            run(config, shape, images, **wrong)
-
-
-def test_half_precision():
-    """Activations in the dtype of the configuration."""
-    config = dataclasses.replace(registry.config("siglip_tiny").vision, dtype="bfloat16")
-    images = pixels(16, 16)
-    params = nn.unbox(jax.eval_shape(config.build().init, jax.random.key(0), images)["params"])
-    got, _ = jax.eval_shape(lambda p: run(config, p, images, taps=(0,)), params)
-    assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype("bfloat16")}
-
-
 METHODS = {
     "bicubic": (resize_bicubic, {}),
     "bicubic, antialias": (functools.partial(resize_bicubic, antialias=True), {"antialias": True}),
@@ -435,25 +388,3 @@ def test_resizing(method):
     for size in ((13, 7), (5, 3), (29, 16), (6, 15), (26, 14), (1, 1)):
         want = torch.nn.functional.interpolate(theirs(grid), size=size, mode=mode, **options)
         close(ours(grid, *size), want.permute(0, 2, 3, 1), 1e-5, f"{method} to {size}")
-
-
-def test_the_pooler_is_there_if_its_weights_are():
-    """Checkpoints of the class `ViTModel` may lack it, and their `config.json` does not say so."""
-    config = registry.config("vit_b16.in21k")
-    fit = registry.base("vit").fit
-    assert fit(config, {"pooler.dense.weight"}) == config
-    assert fit(config, ()) == dataclasses.replace(config, pooler=False)
-
-
-def test_what_is_refused():
-    """Fields that would change the numbers, images that are no squares, other architectures."""
-    with pytest.raises(UsageError, match="image_size is"):
-        vit.read(Fields("vit", {"image_size": [224, 196]}))
-    with pytest.raises(UsageError, match="hidden_act is 'relu'"):
-        dinov2.read(Fields("dinov2", {"hidden_act": "relu"}))
-    with pytest.raises(UsageError, match="architecture is 'resnet50'"):
-        timm_vit.read(Fields("timm", {"architecture": "resnet50"}))
-    with pytest.raises(ValueError, match="multiple of patch_size"):
-        registry.config("vit_b16", image_size=230)
-    with pytest.raises(ValueError, match="no class token"):
-        registry.config("vit_b16", class_token=False)

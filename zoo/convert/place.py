@@ -1,6 +1,5 @@
 """Parameters straight to their devices, a tensor at a time."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from typing import Any
@@ -135,12 +134,3 @@ def _of_a_row(sharding: Sharding) -> Sharding:
     if not isinstance(sharding, NamedSharding):
         return sharding
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-
-
-def nbytes_per_device(params: Any) -> dict[jax.Device, int]:
-    """Bytes of all arrays of a tree on every device that this process can address."""
-    out: dict[jax.Device, int] = {}
-    for leaf in jax.tree.leaves(params):
-        for part in leaf.addressable_shards:
-            out[part.device] = out.get(part.device, 0) + math.prod(part.data.shape) * leaf.itemsize
-    return out

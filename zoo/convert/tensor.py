@@ -101,13 +101,9 @@ class Tensor:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """The array, memory-mapped: the file is read where the array is."""
-        count = self.span.length // self.dtype.itemsize
-        elements = self.span.read()[: count * self.dtype.itemsize].view(self.dtype)[self.offset :]
-        if self.strides is None:
-            array = elements[: math.prod(self.shape)].reshape(self.shape)
-        else:
-            steps = tuple(step * self.dtype.itemsize for step in self.strides)
-            array = np.lib.stride_tricks.as_strided(elements, self.shape, steps, writeable=False)
+        size = self.dtype.itemsize
+        steps = None if self.strides is None else tuple(step * size for step in self.strides)
+        array = np.ndarray(self.shape, self.dtype, self.span.read(), self.offset * size, steps)
         return array if dtype is None and not copy else np.array(array, dtype, copy=copy)
 
 

@@ -19,7 +19,12 @@ _MOST_BYTES = 4
 
 
 def spoken(
-    answers: Answers, decode: Decode, *, stop: Sequence[str] = (), every: int | None = None
+    answers: Answers,
+    decode: Decode,
+    *,
+    byte_id: int | None = None,
+    stop: Sequence[str] = (),
+    every: int | None = None,
 ) -> Iterator[list[str]]:
     """What every row has said so far, again and again, until all have ended.
 
@@ -29,6 +34,7 @@ def spoken(
     Args:
       answers: the rows; those that say a stop string are ended.
       decode: from the ids of an answer to its text.
+      byte_id: see `steady`.
       stop: strings that end an answer. The text is cut off where the first of them begins.
       every: how many tokens are written between two texts; by default as many as there are, or a
         few where there are stop strings, which only the text shows.
@@ -42,33 +48,49 @@ def spoken(
         raise UsageError(f"every is {every}: want 1 or more tokens")
     if every is None:
         every = 16 if stop else answers.most
-    said = [""] * len(answers.rows())
     while True:
-        pairs = zip(answers.rows(), answers.ended, strict=True)
-        texts = [decode(row) if ended else whole(row, decode) for row, ended in pairs]
-        ends = np.array([first_stop(text, stop) < len(text) for text in texts])
-        answers.end(ends)
-        done = answers.done
-        ended = answers.ended | done
-        for row, text in enumerate(texts):
-            text = text[: first_stop(text, stop)]
-            text = text.strip() if ended[row] else settled(text, stop)
-            # A tokenizer may spell the same tokens otherwise when more of them follow.
-            said[row] = text if ended[row] or text.startswith(said[row]) else said[row]
-        yield list(said)
-        if done:
+        last, said, stopped = answers.done, [], []
+        for row, ended in zip(answers.rows(), answers.ended, strict=True):
+            if ended:
+                text = decode(row)
+            else:
+                text = whole(row, decode) if last else steady(row, decode, byte_id)
+            end = first_stop(text, stop)
+            stopped.append(end < len(text))
+            is_final = last or ended or stopped[-1]
+            said.append(text[:end].strip() if is_final else settled(text, stop))
+        answers.end(np.array(stopped))
+        yield said
+        if last or answers.done:
             return
         answers.advance(every)
 
 
 def whole(ids: Sequence[int], decode: Decode) -> str:
-    """The text of `ids` without the beginning of a character at its end."""
+    """The text of `ids`, which were cut off, without the beginning of a character at its end."""
     text = decode(ids)
     if not text.endswith(_BROKEN):
         return text
     # Some decoders spell what stands before broken bytes anew: leave the tokens out, if that helps.
     shorter = (decode(ids[:-cut]) for cut in range(1, min(_MOST_BYTES, len(ids) + 1)))
     return next((text for text in shorter if not text.endswith(_BROKEN)), text[:-1])
+
+
+def steady(ids: Sequence[int], decode: Decode, byte_id: int | None) -> str:
+    """The beginning of the text of `ids` that it has whatever follows them.
+
+    Args:
+      ids: tokens.
+      decode: their text.
+      byte_id: the token of a byte that is in no character, for decoders to which a run of bytes is
+        either a text or broken as a whole: what this byte would change is left out.
+    """
+    text = decode(ids)
+    if byte_id is not None:
+        broken = decode([*ids, byte_id])
+        pairs = enumerate(zip(text, broken, strict=False))
+        text = text[: next((at for at, (a, b) in pairs if a != b), len(text))]
+    return text.rstrip(_BROKEN)
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int:

@@ -252,6 +252,11 @@ class HubProcessor:
         return self.tokenizer.decode(answer)
 
     @property
+    def byte_id(self) -> int | None:
+        """See `HubTokenizer.byte`: a text that this token changes was not settled."""
+        return self.tokenizer.byte
+
+    @property
     def pad(self) -> int:
         """The id that stands in padding, which nothing reads."""
         return next((i for i in (self.tokenizer.pad, *self.stop_ids) if i is not None), 0)

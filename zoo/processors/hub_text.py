@@ -75,6 +75,8 @@ class HubTokenizer:
 
     Attributes:
       names: special tokens by name, such as {"bos_token": "<s>"}; chat templates refer to them.
+      byte: the id of the byte 0xFF, which is in no character; None for a tokenizer that does not
+        spell what it has no token for in bytes.
       bos, eos, pad: ids; None for those that the tokenizer does not have.
       max_length: the most tokens of a text; None where no limit is told.
     """
@@ -86,6 +88,7 @@ class HubTokenizer:
         self._pattern = functools.lru_cache(maxsize=8)(self._find_control_tokens)
         self.names = dict(names)
         self.max_length = max_length
+        self.byte = fast.token_to_id("<0xFF>")
         self.bos, self.eos, self.pad = (
             None if (token := self.names.get(name)) is None else fast.token_to_id(token)
             for name in ("bos_token", "eos_token", "pad_token")

@@ -39,6 +39,11 @@ class Processor:
         """The tokens that end an answer."""
         return (self.tokenizer.eos,)
 
+    @property
+    def byte_id(self) -> None:
+        """The token of a byte that is in no character: the tokenizer needs none, see there."""
+        return None
+
     def encode(self, record: Mapping[str, Any]) -> Example:
         """One training example.
 

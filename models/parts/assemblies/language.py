@@ -89,10 +89,10 @@ def _next_position(tokens: Tokens) -> Array:
     [B], or [B, A] where positions have several axes.
     """
     position = tokens.position.reshape(*tokens.valid.shape, -1)  # [B, L, A or 1]
-    last = jnp.where(tokens.valid[..., None], position, -1).max((1, 2))
-    return jnp.broadcast_to(
-        last.reshape(-1, *(1,) * (tokens.position.ndim - 2)) + 1, tokens.position[:, 0].shape
-    )
+    after = jnp.where(tokens.valid[..., None], position, -1).max((1, 2)) + 1
+    if tokens.position.ndim == 2:
+        return after
+    return jnp.broadcast_to(after[:, None], tokens.position[:, 0].shape)
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,10 @@ class CausalLM(LanguageModel):
     def stream(self, batch: Batch, budget: int | Array | None) -> tuple[Stream, Memory]:
         """Embedded text."""
         del budget
-        names = ("text_mask", "labels", "segments")
+        ids, names = batch["ids"], ("text_mask", "labels", "segments")
         facts = {name: batch.get(name) for name in names}
         # No id is a placeholder.
-        return splice(
-            batch["ids"], self.decoder.embed(batch["ids"]), None, image_id=-1, **facts
-        ), {}
+        return splice(ids, self.decoder.embed(ids), None, image_id=-1, **facts), {}
 
 
 def causal_lm_table(config: CausalLMConfig) -> Table:

@@ -122,7 +122,7 @@ class MaskedDecoder(nn.Module):
         self.stack = Stack(c.plan())
         self.final_norm = LayerNorm(c.norm_eps)
         shape = (c.width, c.patch_size**2 * 3)
-        self.head = Proj("...d,dp->...p", shape, ("embed", "conv_out"), bias=True)
+        self.head = Proj("...d,dp->...p", shape, ("embed", "mlp"), bias=True)
 
     def _positions(self, key: Array) -> Array:
         del key

@@ -114,8 +114,7 @@ class ViTConfig:
     @property
     def unread(self) -> tuple[str, ...]:
         """Parameters that no gradient reaches: checkpoints carry them, or they are fixed."""
-        found = [name for name, has in (("mask_token", self.mask_token),) if has]
-        return (*found, "position") if self.fixed_positions else tuple(found)
+        return ("mask_token",) * self.mask_token + ("position",) * self.fixed_positions
 
     def plan(self) -> tuple[Step, ...]:
         """The layers, all alike."""
