@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -51,7 +52,9 @@ def load(source: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> Loa
         checkpoint; or the name of one on the hub, "organisation/name" or
         "organisation/name@revision".
       mesh: devices to lay the parameters out on, with axes named as in
-        `zoo.models.core.names.MESH_AXES`; by default all lie on one device.
+        `zoo.models.core.names.MESH_AXES`; by default all lie on one device. On a CPU, stacked
+        parameters are then tuples of rows, which is faster there and which every module takes;
+        `zoo.models.parts.layers.stack.restack` makes arrays of them.
       dtype: "float32", "bfloat16" or "float16", of parameters and computation. By default
         parameters keep the dtype that they are stored in, and what is computed from them is
         float32.
@@ -75,11 +78,14 @@ def load(source: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> Loa
     boxed = abstract_params(config)
     shardings = shardings_of(boxed, mesh)
     if theirs is not None:
-        params = place(theirs.pieces(), shardings, target)
+        pieces = theirs.pieces()
     elif (folder / TENSORS).is_file():
-        params = place(_converted(folder, boxed), shardings, target)
+        pieces = _converted(folder, boxed)
     else:
-        params = place(_saved(folder, boxed), shardings, target)
+        pieces = _saved(folder, boxed)
+    # Where cutting a row out of a stacked parameter would copy it.
+    apart = mesh is None and jax.default_backend() == "cpu"
+    params = place(pieces, shardings, target, apart=apart)
     return Loaded(folder, config, config.build(), params, _processor(folder, config), about)
 
 

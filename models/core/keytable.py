@@ -245,7 +245,7 @@ class Table:
 
         Args:
           params: our parameters, or things with their `shape` that `np.asarray` turns into arrays,
-            and that an index turns into a row of a stacked one.
+            and that an index turns into a row of a stacked one, which may also be a tuple of rows.
         """
         flat_params = _flatten(params)
         self._check_paths(flat_params)
@@ -279,7 +279,21 @@ def _many(value: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _flatten(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {"/".join(path): leaf for path, leaf in flatten_dict(dict(params)).items()}
+    return {
+        "/".join(path): _Apart(leaf) if isinstance(leaf, tuple) else leaf
+        for path, leaf in flatten_dict(dict(params)).items()
+    }
+
+
+class _Apart:
+    """A stacked parameter whose rows are arrays of their own."""
+
+    def __init__(self, rows: tuple[Any, ...]):
+        self._rows = rows
+        self.shape = (len(rows), *rows[0].shape)
+
+    def __getitem__(self, row: int) -> Any:
+        return self._rows[row]
 
 
 def _instances(row: Row) -> Iterator[tuple[int | None, tuple[str, ...], tuple[str, ...]]]:

@@ -27,5 +27,6 @@ def size_by_part(params: Mapping[str, Any]) -> dict[str, int]:
     """
     sizes: dict[str, int] = {}
     for path, leaf in flatten_dict(dict(params)).items():
-        sizes[path[0]] = sizes.get(path[0], 0) + int(leaf.size)
+        rows = leaf if isinstance(leaf, tuple) else (leaf,)
+        sizes[path[0]] = sizes.get(path[0], 0) + sum(int(row.size) for row in rows)
     return {**sizes, "total": sum(sizes.values())}

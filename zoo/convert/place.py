@@ -65,7 +65,11 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def place(
-    pieces: Iterable[Piece], shardings: Mapping[str, Sharding], dtype: np.dtype | None
+    pieces: Iterable[Piece],
+    shardings: Mapping[str, Sharding],
+    dtype: np.dtype | None,
+    *,
+    apart: bool = False,
 ) -> dict[str, Any]:
     """Read parameters and put each where it belongs.
 
@@ -77,17 +81,23 @@ def place(
       pieces: of all parameters, such as `Table.stream` yields.
       shardings: of every path.
       dtype: of floating-point parameters; None keeps what is stored.
+      apart: leave the rows of stacked parameters arrays of their own, in a tuple.
 
     Returns:
       The nested tree of `jax.Array`.
     """
-    out: dict[str, jax.Array] = {}
+    out: dict[str, Any] = {}
     for piece in pieces:
         for path, array in piece.read().items():
             shape, stored = piece.leaves[path]
             target = cast_to(stored, dtype)
             if piece.row is None:
                 out[path] = put(array, target, shardings[path])
+                continue
+            if apart:
+                rows = out.get(path, (None,) * shape[0])
+                row = put(array, target, shardings[path])
+                out[path] = (*rows[: piece.row], row, *rows[piece.row + 1 :])
                 continue
             if path not in out:
                 out[path] = _zeros(shape, target, shardings[path])()

@@ -437,6 +437,15 @@ def unstack(params: Any, names: Any) -> Any:
     )
 
 
+def restack(params: Any) -> Any:
+    """The inverse of `unstack`."""
+    return jax.tree.map(
+        lambda leaf: jnp.stack(leaf) if isinstance(leaf, tuple) else leaf,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, tuple),
+    )
+
+
 def _row(leaf: Array, at: Array | int) -> Array:
     return jax.lax.dynamic_index_in_dim(leaf, at, 0, keepdims=False)
 
