@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zoo.costing import Cost, cost
+    from zoo.generate.sampling import Sampling
     from zoo.loading import load
     from zoo.models.core.card import Card
     from zoo.models.core.errors import UsageError, ZooError
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Card",
     "Cost",
+    "Sampling",
     "UsageError",
     "ZooError",
     "__version__",
@@ -33,6 +35,7 @@ __all__ = [
 _HOMES = {
     "Card": "zoo.models.core.card",
     "Cost": "zoo.costing",
+    "Sampling": "zoo.generate.sampling",
     "UsageError": "zoo.models.core.errors",
     "ZooError": "zoo.models.core.errors",
     "card": "zoo.models.core.registry",

@@ -28,7 +28,7 @@ ELSEWHERE = {
     "export": ("zoo.convert.cli.export", "turn a converted model back into what it was"),
     "verify": ("zoo.convert.cli.verify", "compare a checkpoint with the original code"),
     "cost": ("zoo.costing", "count parameters, FLOPs, caches and memory by shapes alone"),
-    "generate": ("zoo.generate.cli", "answer a question about a picture with a trained model"),
+    "generate": ("zoo.generate.cli", "answer a question, about pictures or not"),
 }
 """Commands with a `main(argv) -> int` of their own, and the modules where it is."""
 

@@ -125,8 +125,8 @@ class KV:
     """Key-value cache of one attention layer. Empty and skipped places have `tokens.valid` False.
 
     Attributes:
-      k: [B, S, K, E] keys after rotation.
-      v: [B, S, K, E] values.
+      k: [B, K, S, E] keys after rotation; the places of a head lie together, as they are read.
+      v: [B, K, S, E] values.
       tokens: `Tokens` of the S places.
       cursor: int32 [], where the next token is written; the same for every row, so the cache stays
         rectangular.
@@ -139,26 +139,32 @@ class KV:
 
     @classmethod
     def start(cls, k: Array, v: Array, tokens: Tokens, room: int) -> "KV":
-        """A cache that holds [B, L] tokens and has room for `room` more."""
+        """A cache that holds L tokens, k and v [B, L, K, E], and has room for `room` more."""
 
-        def pad(leaf: Array) -> Array:
-            return jnp.pad(leaf, [(0, 0), (0, room)] + [(0, 0)] * (leaf.ndim - 2))
+        def pad(leaf: Array, axis: int) -> Array:
+            return jnp.pad(leaf, [(0, room * (i == axis)) for i in range(leaf.ndim)])
 
-        return cls(pad(k), pad(v), jax.tree.map(pad, tokens), jnp.int32(k.shape[1]))
+        cursor = jnp.int32(k.shape[1])
+        k, v = (pad(x.swapaxes(1, 2), 2) for x in (k, v))
+        return cls(k, v, jax.tree.map(lambda x: pad(x, 1), tokens), cursor)
 
     def append(self, k: Array, v: Array, tokens: Tokens) -> "KV":
         """Write L more tokens at the cursor. The caller sees to it that there is room."""
 
-        def write(cache: Array, new: Array) -> Array:
-            at = (0, self.cursor) + (0,) * (cache.ndim - 2)
-            return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), at)
+        def write(cache: Array, new: Array, axis: int) -> Array:
+            new = new.astype(cache.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(cache, new, self.cursor, axis)
 
         return KV(
-            write(self.k, k),
-            write(self.v, v),
-            jax.tree.map(write, self.tokens, tokens),
+            write(self.k, k.swapaxes(1, 2), 2),
+            write(self.v, v.swapaxes(1, 2), 2),
+            jax.tree.map(lambda cache, new: write(cache, new, 1), self.tokens, tokens),
             self.cursor + k.shape[1],
         )
+
+    def read(self) -> tuple[Array, Array]:
+        """Keys and values of all places, [B, S, K, E] each."""
+        return self.k.swapaxes(1, 2), self.v.swapaxes(1, 2)
 
 
 @struct.dataclass

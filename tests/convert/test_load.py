@@ -3,10 +3,12 @@
 import json
 from dataclasses import replace
 
+import flax.linen as nn
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import zoo
 from tests.convert.checkpoint import (
@@ -19,10 +21,13 @@ from tests.convert.checkpoint import (
 )
 from zoo.convert import hub
 from zoo.convert.layout import lay_out
+from zoo.convert.place import abstract_params
 from zoo.convert.tensor import Tensor
 from zoo.models.core import registry
 from zoo.models.core.errors import UsageError, ZooError
-from zoo.models.core.registry import base_of
+from zoo.models.core.hf import Fields
+from zoo.models.core.registry import base_of, read_hf
+from zoo.models.core.tree import size_by_part
 from zoo.models.parts.layers.stack import restack
 from zoo.train.mesh import MeshConfig, make_mesh
 
@@ -259,3 +264,17 @@ def test_a_folder_that_is_not_there_is_no_hub_name(tmp_path):
     for name in (tmp_path / "x", "./x", "runs/deep/x", "x"):
         with pytest.raises(ZooError, match="does not exist: name the folder"):
             zoo.load(name)
+
+
+def test_a_folder_of_timm(tmp_path):
+    """Its `config.json` names an architecture and no `model_type`."""
+    fields = {"architecture": "vit_tiny_patch16_224", "num_classes": 3, "pretrained_cfg": {}}
+    config = read_hf(Fields("timm", {**fields, "model_type": "timm_wrapper"}))
+    shapes = nn.unbox(abstract_params(config))
+    wanted = base_of("timm_wrapper").table(config).shapes(shapes)
+    state = {name: np.full(shape, 0.5, np.float16) for name, shape in wanted.items()}
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(fields), "utf-8")
+    loaded = zoo.load(tmp_path)
+    assert loaded.config == config
+    assert size_by_part(loaded.params)["total"] == 5_524_416 + 3 * 193

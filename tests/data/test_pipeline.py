@@ -102,6 +102,18 @@ def test_the_order_is_decided_by_the_seed_alone(processor):
         assert not same(take(iter(dataclasses.replace(pipeline, seed=seed)), 9), first)
 
 
+@pytest.mark.parametrize(("keep_mib", "reads"), [(512, 20), (0, 60)])
+def test_examples_stay_in_memory_as_long_as_there_is_room(processor, monkeypatch, keep_mib, reads):
+    pipeline = Pipeline(Numbers(20), processor, batch_size=5, num_threads=0)
+    expected, done = take(iter(pipeline), 12), []
+    encode = type(processor).encode
+    monkeypatch.setattr(
+        type(processor), "encode", lambda self, record: done.append(1) or encode(self, record)
+    )
+    assert same(take(iter(dataclasses.replace(pipeline, keep_mib=keep_mib)), 12), expected)
+    assert len(done) == reads
+
+
 @pytest.mark.parametrize("bad", [(), (2, 11)])
 @pytest.mark.parametrize("done", [0, 1, 3, 7])
 def test_a_restart_goes_on_with_the_same_bits(processor, done, bad):
@@ -276,14 +288,14 @@ def test_questions_that_cannot_be_asked_are_not_valid_or_stop(processor):
         list(Questions(Numbers(2, (0, 1)), processor, batch_size=2))
 
 
-def test_digits_fit_into_54_tokens(tmp_path):
+def test_digits_fit_into_40_tokens(tmp_path):
     data = DigitsVQA(pictures=200, validation_pictures=20)
     data.prepare(tmp_path)
-    processor = Processor(ImageProcessor(64), Tokenizer.train(data.texts()), max_length=54)
+    processor = Processor(ImageProcessor(64), Tokenizer.train(data.texts()), max_length=40)
     batches = iter(Pipeline(data, processor, batch_size=50, data_dir=tmp_path, max_bad_share=0))
     rows = np.concatenate([batch["text_mask"].sum(-1) for batch in take(batches, 4)])
-    assert 40 < rows.mean() < 54
+    assert 30 < rows.mean() < 40
     questions = Questions(
-        data, dataclasses.replace(processor, max_length=13), batch_size=20, data_dir=tmp_path
+        data, dataclasses.replace(processor, max_length=8), batch_size=20, data_dir=tmp_path
     )
     assert sum(batch.valid.sum() for batch in questions) == 100

@@ -136,5 +136,5 @@ def test_cache_appends_at_the_cursor():
     cache = KV.start(k, k, tokens, 2)
     one = Tokens.sequence(jnp.ones((1, 1), bool))
     cache = cache.append(5 * k[:, :1], 6 * k[:, :1], one)
-    np.testing.assert_array_equal(cache.k[0, :, 0, 0], [1, 1, 5, 0])
+    np.testing.assert_array_equal(cache.k[0, 0, :, 0], [1, 1, 5, 0])
     np.testing.assert_array_equal(cache.tokens.valid[0], [True, True, True, False])

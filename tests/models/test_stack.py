@@ -92,7 +92,7 @@ def test_cache_lengths_follow_the_policies():
     run = lambda p, s: stack.apply(p, s, Reserve(toy.ANSWER), toy.memory())[1]
     states = jax.eval_shape(run, shapes(stack), toy.stream(prompt))
     caches = jax.tree.leaves(states, is_leaf=lambda x: isinstance(x, KV))
-    lengths = [cache.k.shape[-3] for cache in caches]  # few repeats: a state for each layer
+    lengths = [cache.k.shape[-2] for cache in caches]  # few repeats: a state for each layer
     text = toy.PROMPT + toy.ANSWER
     assert lengths == [12 + text, 6 + text, 6 + text, 3 + text, 3 + text]
 

@@ -313,7 +313,7 @@ def _png(picture: np.ndarray) -> bytes:
     """`picture` [H, W] uint8 as a PNG file: encoded here, so that TensorFlow is not asked to do it.
 
     Not compressed, which takes a third of the time of composing: ArrayRecord compresses what it
-      stores.
+    stores.
     """
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "png", compress_level=0)

@@ -83,6 +83,8 @@ class Pipeline:
         set is bad: 1 % of 12,000 records at the 121st bad one of an epoch. A whole epoch without a
         good record stops it in any case.
       num_threads: threads that process records; 0 does it when a batch is asked for.
+      keep_mib: examples stay in memory, so that later epochs cost nothing, until they take so much;
+        those that do not fit are processed anew.
     """
 
     config: DataConfig
@@ -95,6 +97,7 @@ class Pipeline:
     process_count: int = 1
     max_bad_share: float = 0.01
     num_threads: int = 2
+    keep_mib: int = 512
 
     def __post_init__(self) -> None:
         _check_processes(self.batch_size, self.process_index, self.process_count)
@@ -104,7 +107,7 @@ class Pipeline:
         source = self.config.source(self.split, self.data_dir)
         records = grain.MapDataset.range(len(source)).seed(self.seed).shuffle().repeat()
         mine = records[self.process_index :: self.process_count]
-        examples = mine.map(_Process(source, self.processor.encode))
+        examples = mine.map(_Process(source, self.processor.encode, self.keep_mib))
         local = self.batch_size // self.process_count
         options = grain.ReadOptions(
             num_threads=self.num_threads, prefetch_buffer_size=2 * local if self.num_threads else 0
@@ -275,13 +278,31 @@ class _Row(NamedTuple):
 
 
 class _Process:
-    """Reads one record and turns it into an example, or into `Bad` with the record's name."""
+    """Reads one record and turns it into an example, or into `Bad` with the record's name.
 
-    def __init__(self, source: Source, encode: Callable[[Mapping[str, Any]], Arrays]):
+    Examples are kept as long as there is room for `keep_mib` of them.
+    """
+
+    def __init__(
+        self, source: Source, encode: Callable[[Mapping[str, Any]], Arrays], keep_mib: int
+    ):
         self._source = source
         self._encode = encode
+        self._kept: dict[int, Arrays] = {}
+        self._room = keep_mib << 20  # bytes
 
     def __call__(self, index: int) -> Arrays | Bad:
+        if (kept := self._kept.get(index)) is not None:
+            return kept
+        example = self._made(index)
+        if not isinstance(example, Bad):  # threads may overdraw the room by an example each
+            size = sum(array.nbytes for array in example.values())
+            if size <= self._room:
+                self._room -= size
+                self._kept[index] = example
+        return example
+
+    def _made(self, index: int) -> Arrays | Bad:
         try:
             record = self._source[index]
         except ZooError as error:

@@ -26,26 +26,36 @@ _NAMES = (
 def is_checkpoint(folder: Path) -> bool:
     """Whether `config.json` names an architecture, as those of the Hugging Face hub do."""
     try:
-        config = json.loads((folder / CONFIG).read_text("utf-8"))
+        return "model_type" in _named(json.loads((folder / CONFIG).read_text("utf-8")))
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and isinstance(config.get("model_type"), str)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a folder.
+    """`config.json` of a folder, with a `model_type` where it is one of timm's, which has none.
 
     Raises:
       ZooError: it cannot be read, or names no architecture.
     """
     file = folder / CONFIG
     try:
-        config = json.loads(file.read_text("utf-8"))
+        config = _named(json.loads(file.read_text("utf-8")))
     except (OSError, ValueError) as error:
         raise ZooError(f"{file} cannot be read: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    if "model_type" not in config:
         raise ZooError(f"{file} names no model_type, so nobody knows which architecture this is")
     return config
+
+
+def _named(config: Any) -> dict[str, Any]:
+    """A configuration that names its `model_type`; {} if this is none."""
+    if not isinstance(config, dict):
+        return {}
+    if isinstance(config.get("model_type"), str):
+        return config
+    if isinstance(config.get("architecture"), str) and "pretrained_cfg" in config:
+        return {**config, "model_type": "timm_wrapper"}
+    return {}
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -19,8 +19,8 @@ PAD, BOS, EOS, IMAGE, USER, ASSISTANT = SPECIAL = (
     "<assistant>",
 )
 
-# Words with the space before them; every digit by itself, so that numbers are spelled out; the
-# rest.
+# Words with the space before them; every digit by itself, so that numbers are spelled out; what is
+# left.
 _WORDS = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -28,8 +28,7 @@ class Tokenizer:
     """Byte-level byte-pair encoding with the control tokens `SPECIAL`.
 
     A control token is only ever placed by the program: text that spells one, such as "<image>", is
-      encoded as
-    the ordinary characters that it is.
+    encoded as the ordinary characters that it is.
     """
 
     def __init__(self, fast: Fast):

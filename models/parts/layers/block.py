@@ -144,7 +144,7 @@ class Block(nn.Module):
             state = KV.start(k, v, key, state.n)
         elif state is not None:
             state = state.append(k, v, key)
-            k, v, key = state.k, state.v, state.tokens
+            (k, v), key = state.read(), state.tokens
         y = self.mix(stream, own.q, k, v, key, memory)  # [B, L, H, E]
         y = self.project("out", y, stream.tokens, memory)
         if self.norm_place == "sandwich":

@@ -28,7 +28,8 @@ class Proj(nn.Module):
     """A linear map `einsum(eq, x, kernel) + bias` whose kernel keeps its full rank.
 
     Attributes:
-      eq: einsum of the input and the kernel, such as "bld,dhe->blhe".
+      eq: einsum of the input and the kernel, such as "bld,dhe->blhe"; several contracted axes, the
+        last of the input and the first of the kernel, are merged into one.
       shape: shape of the kernel, input axes first.
       axes: logical name of every kernel axis.
       num_in: how many leading kernel axes are contracted.
@@ -48,7 +49,10 @@ class Proj(nn.Module):
         rank = len(self.shape)
         init = self.init or fan_in_init(tuple(range(self.num_in)), tuple(range(self.num_in, rank)))
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), self.shape)
-        y = contract(self.eq, x, kernel)
+        if self.num_in > 1:  # one long axis, or XLA transposes the kernel in every call
+            x = x.reshape(*x.shape[: -self.num_in], -1)
+            kernel = kernel.reshape(-1, *self.shape[self.num_in :])
+        y = contract(self.eq if self.num_in == 1 else "...d,df->...f", x, kernel)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.num_in :])
             y = y + self.param("bias", zeros, self.shape[self.num_in :]).astype(y.dtype)
