@@ -186,8 +186,8 @@ def _resize_text(inputs: dict[str, Any], text_tokens: int | None) -> int:
             inputs[key] = jax.ShapeDtypeStruct(shape, inputs[key].dtype)
     if "positions" in inputs:
         rows, old, axes = inputs["positions"].shape
-        shape = (rows, old + text_tokens + images - length, axes)
-        inputs["positions"] = jax.ShapeDtypeStruct(shape, inputs["positions"].dtype)
+        whole = (rows, old + text_tokens + images - length, axes)
+        inputs["positions"] = jax.ShapeDtypeStruct(whole, inputs["positions"].dtype)
     return text_tokens
 
 

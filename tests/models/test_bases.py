@@ -21,12 +21,16 @@ def shapes(config):
 
 @pytest.mark.parametrize("slug", BASES)
 def test_names_resolve_and_shard(slug):
-    """On an fsdp mesh at least 95 % of the parameters of a full size are cut."""
+    """On an fsdp mesh at least 95 % of the parameters of a full size are cut, but for vocabularies
+    that the mesh does not divide, which every device has.
+    """
     boxed = shapes(registry.config(slug))
     mesh = jax.sharding.AbstractMesh((8,), ("fsdp",))
     names = flatten_dict(tree_names(boxed))
     cut = total = 0
     for path, leaf in flatten_dict(nn.unbox(boxed)).items():
+        if "vocab" in names[path] and leaf.shape[names[path].index("vocab")] % mesh.size:
+            continue
         total += leaf.size
         cut += leaf.size * (len(spec_for(names[path], leaf.shape, mesh)) > 0)
     assert cut >= 0.95 * total
