@@ -117,14 +117,14 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _list_bases(args: argparse.Namespace) -> int:
-    from zoo.models.core.registry import base_index
+    from zoo.models.core.registry import base_index, matches
 
     if args.kind or args.status:
         raise UsageError("--bases lists models without kind or status: leave --kind, --status out")
     found = [
         {"slug": slug, "model_types": row["model_types"], "variants": row["variants"]}
         for slug, row in base_index().items()
-        if any((args.pattern or "") in name for name in (slug, *row["variants"]))
+        if matches(args.pattern or "", (slug, *row["variants"]))
     ]
     if args.json:
         _print_json(found)
@@ -187,7 +187,7 @@ def describe(name: str) -> dict[str, Any]:
     """
     from zoo.models.core import registry
 
-    if any(name in (slug, *row["variants"]) for slug, row in registry.base_index().items()):
+    if registry.base_slug(name) is not None:
         return _describe_base(name)
     card = registry.card(name)
     line = registry.listing(card.slug)

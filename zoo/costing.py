@@ -148,15 +148,15 @@ def _count(
 
     stream = functools.partial(run, method="stream", budget=budget)
     prefill = functools.partial(run, method="prefill", budget=budget)
-    slots = jax.eval_shape(stream, params, inputs)[0].slots
-    encode = measure(stream, params, inputs)[0] if slots else Flops()
+    encode, _, (embedded, _) = _traced(stream, params, inputs)
+    slots = embedded.slots
+    encode = encode if slots else Flops()
     whole, _ = measure(forward, params, inputs)
-    _, activations = measure(functools.partial(prefill, room=0), params, inputs)
+    _, activations, (_, exact) = _traced(functools.partial(prefill, room=0), params, inputs)
+    per_layer = list(layer_bytes(exact.states))
     _, cache = jax.eval_shape(functools.partial(prefill, room=1), params, inputs)
     token = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
     step, _ = measure(functools.partial(run, method="decode"), params, token, cache)
-    _, exact = jax.eval_shape(functools.partial(prefill, room=0), params, inputs)
-    per_layer = list(layer_bytes(exact.states))
     return Cost(
         model=name,
         batch=batch,
@@ -304,11 +304,16 @@ def measure(function: Any, params: Any, *args: Any) -> tuple[Flops, int]:
       params: arrays or shapes; products with what is made of them alone count as `weights`.
       *args: arrays or shapes.
     """
-    closed = jax.make_jaxpr(function)(params, *args)
+    return _traced(function, params, *args)[:2]
+
+
+def _traced(function: Any, params: Any, *args: Any) -> tuple[Flops, int, Any]:
+    """What `measure` returns, and the shapes of what the function does."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(params, *args)
     number = len(jax.tree.leaves(params))
     made = [i < number for i in range(len(closed.jaxpr.invars))]
     _, flops, peak = _walk(closed.jaxpr, made)
-    return flops, peak
+    return flops, peak, shapes
 
 
 def _walk(jaxpr: Jaxpr, made: Sequence[bool]) -> tuple[list[bool], Flops, int]:

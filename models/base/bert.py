@@ -1,9 +1,9 @@
 """BERT, with the heads that its checkpoint has. Follows: arXiv:1810.04805."""
 
 from zoo.models.core.hf import Fields
-from zoo.models.core.keytable import Alias, Row, Table, flat, linear
+from zoo.models.core.keytable import Row, Table, flat, linear
 from zoo.models.core.registry import Base, register_base
-from zoo.models.parts.text.bert import BertConfig, encoder_table
+from zoo.models.parts.text.bert import BertConfig, encoder_table, lm_head_rows
 from zoo.models.parts.text.hub import read_bert, with_heads
 
 
@@ -20,16 +20,9 @@ def table(config: BertConfig) -> Table:
     found = encoder_table(config).under(theirs="bert.")
     rows = []
     if config.lm_head:
-        head = "cls.predictions."
-        rows += [
-            Row("lm_head/dense/kernel", f"{head}transform.dense.weight", linear()),
-            Row("lm_head/dense/bias", f"{head}transform.dense.bias"),
-            Row("lm_head/norm/scale", f"{head}transform.LayerNorm.weight"),
-            Row("lm_head/norm/bias", f"{head}transform.LayerNorm.bias"),
-            Row("lm_head/bias", f"{head}bias"),
-            Alias(f"{head}decoder.weight", "bert.embeddings.word_embeddings.weight"),
-            Alias(f"{head}decoder.bias", f"{head}bias"),
-        ]
+        head, words = "cls.predictions", "bert.embeddings.word_embeddings.weight"
+        dense, norm = f"{head}.transform.dense", f"{head}.transform.LayerNorm"
+        rows += lm_head_rows(dense, norm, head, words)
     if config.match_head:
         rows += [
             Row("match_head/kernel", "cls.seq_relationship.weight", linear()),

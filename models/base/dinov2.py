@@ -10,7 +10,8 @@ from zoo.models.core.hf import Fields
 from zoo.models.core.keytable import Table
 from zoo.models.core.registry import Base, register_base
 from zoo.models.parts.assemblies.classifier import ViTClassifierConfig, head_table, read_classes
-from zoo.models.parts.towers.vit import ViTConfig, embeddings_table, read_sizes
+from zoo.models.parts.towers.hub import read_sizes
+from zoo.models.parts.towers.vit import ViTConfig, embeddings_table
 
 _LAYER = {
     "attn_norm": "norm1",

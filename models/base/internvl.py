@@ -22,6 +22,7 @@ from zoo.models.parts.assemblies.llava_hub import (
 from zoo.models.parts.connect.pixel_shuffle import PixelShuffle
 from zoo.models.parts.decoders.gqa import DecoderConfig, decoder_table
 from zoo.models.parts.layers.rope import DynamicNTK, RopeConfig
+from zoo.models.parts.towers.hub import read_side
 from zoo.models.parts.towers.vit import Names, ViTConfig, embeddings_table, norm_rows
 
 
@@ -63,8 +64,8 @@ def read_vision(fields: Fields) -> ViTConfig:
     fields.want("num_channels", 3)
     fields.want("use_absolute_position_embeddings", True)
     config = ViTConfig(
-        image_size=_square(fields, "image_size", 448),
-        patch_size=_square(fields, "patch_size", 14),
+        image_size=read_side(fields, "image_size", 448),
+        patch_size=read_side(fields, "patch_size", 14),
         width=fields.take("hidden_size", 1024),
         depth=fields.take("num_hidden_layers", 24),
         num_heads=fields.take("num_attention_heads", 16),
@@ -84,14 +85,6 @@ def read_vision(fields: Fields) -> ViTConfig:
     fields.ignore("projection_dropout")
     fields.done()
     return config
-
-
-def _square(fields: Fields, name: str, default: int) -> int:
-    size = fields.take(name, default)
-    sides = size if isinstance(size, tuple) else (size,)
-    if len(set(sides)) != 1:
-        raise UsageError(f"{fields.name}: {name} is {size!r}; want a square")
-    return int(sides[0])
 
 
 _LAYER: Names = {

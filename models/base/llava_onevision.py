@@ -21,7 +21,7 @@ from zoo.models.parts.assemblies.llava_hub import (
 )
 from zoo.models.parts.decoders.gqa import DecoderConfig
 from zoo.models.parts.layers.rope import RopeConfig
-from zoo.models.parts.towers.vit import ViTConfig
+from zoo.models.parts.towers.hub import siglip_vit
 
 SIGLIP_SO400M = {
     "model_type": "siglip_vision_model",
@@ -62,19 +62,15 @@ def read(fields: Fields) -> LlavaConfig:
     return with_tiles(config, resolutions, int(most))
 
 
-def _siglip(image_size: int, **sizes: int) -> ViTConfig:
-    return ViTConfig(
-        image_size=image_size,
-        **sizes,
-        activation="gelu_tanh",
-        norm_eps=1e-6,
-        class_token=False,
-        input_norm=False,
-        trim=True,
-    )
-
-
-_SO400M = _siglip(384, patch_size=14, width=1152, depth=26, num_heads=16, mlp_dim=4304)
+_SO400M = siglip_vit(
+    attention_pool=False,
+    image_size=384,
+    patch_size=14,
+    width=1152,
+    depth=26,
+    num_heads=16,
+    mlp_dim=4304,
+)
 
 
 def _size(decoder: DecoderConfig) -> LlavaConfig:
@@ -116,7 +112,15 @@ VARIANTS = {
         )
     ),
     "llava_onevision_tiny": LlavaConfig(
-        tower=_siglip(16, patch_size=4, width=16, depth=2, num_heads=2, mlp_dim=32),
+        tower=siglip_vit(
+            attention_pool=False,
+            image_size=16,
+            patch_size=4,
+            width=16,
+            depth=2,
+            num_heads=2,
+            mlp_dim=32,
+        ),
         decoder=DecoderConfig(
             vocab_size=320,
             width=24,

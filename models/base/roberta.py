@@ -3,9 +3,9 @@ arXiv:1911.02116.
 """
 
 from zoo.models.core.hf import Fields
-from zoo.models.core.keytable import Alias, Row, Table, linear
+from zoo.models.core.keytable import Table
 from zoo.models.core.registry import Base, register_base
-from zoo.models.parts.text.bert import BertConfig, encoder_table
+from zoo.models.parts.text.bert import BertConfig, encoder_table, lm_head_rows
 from zoo.models.parts.text.hub import read_bert, with_heads
 
 
@@ -20,15 +20,8 @@ def table(config: BertConfig) -> Table:
     """Keys of Hugging Face checkpoints with a head; `RobertaModel` leaves out the prefix."""
     rows = []
     if config.lm_head:
-        rows = [
-            Row("lm_head/dense/kernel", "lm_head.dense.weight", linear()),
-            Row("lm_head/dense/bias", "lm_head.dense.bias"),
-            Row("lm_head/norm/scale", "lm_head.layer_norm.weight"),
-            Row("lm_head/norm/bias", "lm_head.layer_norm.bias"),
-            Row("lm_head/bias", "lm_head.bias"),
-            Alias("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
-            Alias("lm_head.decoder.bias", "lm_head.bias"),
-        ]
+        words = "roberta.embeddings.word_embeddings.weight"
+        rows = lm_head_rows("lm_head.dense", "lm_head.layer_norm", "lm_head", words)
     return encoder_table(config).under(theirs="roberta.") + Table(tuple(rows))
 
 

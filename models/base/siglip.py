@@ -11,7 +11,7 @@ from zoo.models.core.hf import Fields
 from zoo.models.core.registry import Base, register_base
 from zoo.models.parts.assemblies.dual import DualConfig, dual_table
 from zoo.models.parts.text.clip import TextConfig
-from zoo.models.parts.towers.hub import read_siglip_vision
+from zoo.models.parts.towers.hub import read_siglip_vision, siglip_vit
 from zoo.models.parts.towers.vit import ViTConfig
 
 
@@ -57,18 +57,6 @@ def refuse_native(fields: Fields) -> DualConfig:
     )
 
 
-def _vision(**sizes: int) -> ViTConfig:
-    return ViTConfig(
-        norm_eps=1e-6,
-        activation="gelu_tanh",
-        class_token=False,
-        input_norm=False,
-        attention_pool=True,
-        trim=True,
-        **sizes,
-    )
-
-
 def _text(**sizes: Any) -> TextConfig:
     fixed = {"activation": "gelu_tanh", "causal": False, "pool": "last"}
     return TextConfig(**{"max_length": 64, "norm_eps": 1e-6} | fixed | sizes)
@@ -102,7 +90,7 @@ def _size(
 ) -> DualConfig:
     """Both towers of one size, or the text tower of another."""
     return _pair(
-        _vision(image_size=image_size, patch_size=patch_size, **size),
+        siglip_vit(attention_pool=True, image_size=image_size, patch_size=patch_size, **size),
         _text(vocab_size=vocab_size, max_length=max_length, **(text or size)),
         size["width"],
     )
@@ -142,7 +130,15 @@ VARIANTS = {
     "siglip2_giant_patch16_256": _second(_GIANT, 16, 256, _SO400M),
     "siglip2_giant_patch16_384": _second(_GIANT, 16, 384, _SO400M),
     "siglip_tiny": _pair(
-        _vision(image_size=16, patch_size=8, width=32, depth=2, num_heads=2, mlp_dim=48),
+        siglip_vit(
+            attention_pool=True,
+            image_size=16,
+            patch_size=8,
+            width=32,
+            depth=2,
+            num_heads=2,
+            mlp_dim=48,
+        ),
         _text(vocab_size=64, max_length=12, width=24, depth=2, num_heads=2, mlp_dim=40),
         32,
     ),

@@ -12,7 +12,8 @@ from zoo.models.core.hf import Fields
 from zoo.models.core.keytable import Table
 from zoo.models.core.registry import Base, register_base
 from zoo.models.parts.assemblies.classifier import ViTClassifierConfig, head_table, read_classes
-from zoo.models.parts.towers.vit import HF_LAYER, ViTConfig, embeddings_table, read_sizes
+from zoo.models.parts.towers.hub import read_sizes
+from zoo.models.parts.towers.vit import HF_LAYER, ViTConfig, embeddings_table
 
 
 def read(fields: Fields) -> ViTClassifierConfig:

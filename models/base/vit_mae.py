@@ -7,6 +7,7 @@ from zoo.models.core.hf import Fields
 from zoo.models.core.keytable import Row, Table, linear
 from zoo.models.core.registry import Base, register_base
 from zoo.models.parts.assemblies.masked import MaskedConfig
+from zoo.models.parts.towers.hub import read_sizes
 from zoo.models.parts.towers.vit import (
     HF_LAYER,
     ViTConfig,
@@ -14,7 +15,6 @@ from zoo.models.parts.towers.vit import (
     layer_rows,
     norm_rows,
     ones,
-    read_sizes,
 )
 
 

@@ -8,7 +8,7 @@ one name imports one module.
 import dataclasses
 import importlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -155,17 +155,26 @@ def bases() -> Mapping[str, Base]:
     return MappingProxyType(_bases)
 
 
+def _base_names() -> dict[str, tuple[str, ...]]:
+    """{slug: the names that it and its variants are known by}, imported or not."""
+    names = {slug: (slug, *row["variants"]) for slug, row in base_index().items()}
+    return names | {slug: (slug, *entry.variants) for slug, entry in _bases.items()}
+
+
+def base_slug(name: str) -> str | None:
+    """The slug of the base that a slug or variant `name` belongs to; None if it is no base's."""
+    return next((slug for slug, names in _base_names().items() if name in names), None)
+
+
 def base(name: str) -> Base:
     """The base of a slug or variant name, its file imported if need be.
 
     Raises:
       UsageError: if no base is called so, with the nearest names.
     """
-    rows = {slug: (slug, *row["variants"]) for slug, row in base_index().items()}
-    rows |= {slug: (slug, *entry.variants) for slug, entry in _bases.items()}
-    slug = next((slug for slug, names in rows.items() if name in names), None)
+    slug = base_slug(name)
     if slug is None:
-        known = [name for names in rows.values() for name in names]
+        known = [name for names in _base_names().values() for name in names]
         raise UsageError(f"no base model is called {name!r}{nearest(name, known)}")
     if slug not in _bases:
         importlib.import_module(base_index()[slug]["module"])
@@ -231,7 +240,7 @@ def resolve(name: str) -> tuple[str, str]:
         why = "is a survey: there is nothing to build" if survey else "has no code yet"
         raise UsageError(f"{name} {why}; built so far: {', '.join(sorted(variants)) or 'nothing'}")
     known = [*systems(), *(variant for names in variants.values() for variant in names)]
-    known += [variant for slug, row in base_index().items() for variant in (slug, *row["variants"])]
+    known += [variant for names in _base_names().values() for variant in names]
     raise UsageError(f"unknown name {name!r}{nearest(name, known)}")
 
 
@@ -275,9 +284,47 @@ def override(config: ModelConfig, overrides: Mapping[str, Any], name: str) -> Mo
     Raises:
       UsageError: as `config`.
     """
+    draft = _Draft(config)
     for field, value in overrides.items():
-        config = _replace(config, _find(config, field, name).split("."), value, name)
-    return config
+        draft.put(_find(draft, field, name).split("."), value, name)
+    changed: ModelConfig = draft.finish()
+    return changed
+
+
+def check_part(name: str, value: Any, protocol: type) -> None:
+    """Raise ValueError, which names what fits, unless a part of a configuration is of its kind.
+
+    Args:
+      name: of the field, for the message.
+      value: what stands there.
+      protocol: what such parts have in common, a protocol of methods that can be checked at run
+        time.
+    """
+    if _is_part(value) and _describes(type(value)) and isinstance(value, protocol):
+        return
+    methods = " and ".join(name for name in vars(protocol) if not name.startswith("_"))
+    fitting = [part for slug in index() for part in _parts(slug) if issubclass(part, protocol)]
+    shown = f"{type(value).__name__}(...)" if _is_part(value) else repr(value)
+    raise ValueError(
+        f"{name} = {shown}: want an instance of a configuration with {methods}; systems have "
+        f"{', '.join(map(_dotted, fitting)) or 'none yet'}"
+    )
+
+
+def _parts(slug: str) -> list[type]:
+    """The configurations that the file of a system defines."""
+    module = importlib.import_module(index()[slug]["module"])
+    own = [value for value in vars(module).values() if isinstance(value, type)]
+    return [cls for cls in own if cls.__module__ == module.__name__ and _describes(cls)]
+
+
+def _describes(cls: type) -> bool:
+    """Whether a class is one of configurations; modules and layer policies can be called."""
+    return dataclasses.is_dataclass(cls) and not issubclass(cls, Callable)  # type: ignore[arg-type]
+
+
+def _dotted(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def create(name: str, **overrides: Any) -> "nn.Module":
@@ -329,7 +376,7 @@ def listings(
     return [
         line
         for line in lines
-        if (not pattern or _matches(line, pattern)) and (not status or line.status == status)
+        if (not pattern or _meets(line, pattern)) and (not status or line.status == status)
     ]
 
 
@@ -342,7 +389,7 @@ def list_models(
 
 def _variant(name: str) -> tuple[str, ModelConfig]:
     """The variant that a name of a system or of a base stands for, and its configuration."""
-    if any(name in (slug, *row["variants"]) for slug, row in base_index().items()):
+    if base_slug(name) is not None:
         variants = base(name).variants
         variant = name if name in variants else next(iter(variants))
         return variant, variants[variant]
@@ -350,17 +397,76 @@ def _variant(name: str) -> tuple[str, ModelConfig]:
     return variant, entry(name).variants[variant]
 
 
-def _matches(line: Listing, pattern: str) -> bool:
-    names, pattern = [name.lower() for name in (line.slug, *line.variants)], pattern.lower()
+def _meets(line: Listing, pattern: str) -> bool:
+    return matches(pattern, (line.slug, *line.variants), (system(line.slug).name, line.title))
+
+
+def matches(pattern: str, names: Iterable[str], texts: Iterable[str] = ()) -> bool:
+    """Whether a shell pattern ("mqt*") fits one of `names`, or a text without its signs is a part
+    of one of `names` or `texts`; upper and lower case are the same.
+    """
+    names, pattern = [name.lower() for name in names], pattern.lower()
     if any(sign in pattern for sign in "*?["):
         return any(fnmatchcase(name, pattern) for name in names)
-    texts = (*names, system(line.slug).name.lower(), line.title.lower())
-    return any(pattern in text for text in texts)
+    return any(pattern in text for text in (*names, *map(str.lower, texts)))
 
 
-def _find(config: Any, wanted: str, variant: str) -> str:
+class _Draft:
+    """A configuration that is being changed; it is made, and so checked, when all changes are in.
+
+    Args:
+      config: a dataclass.
+    """
+
+    def __init__(self, config: Any):
+        self._config = config
+        self._fields = {
+            field.name: _drafted(getattr(config, field.name))
+            for field in dataclasses.fields(config)
+            if field.init
+        }
+
+    def __repr__(self) -> str:
+        return repr(self._config)
+
+    def paths(self, prefix: str = "") -> Iterator[str]:
+        """Dotted paths of all fields, however deep."""
+        for name, value in self._fields.items():
+            yield prefix + name
+            if isinstance(value, _Draft):
+                yield from value.paths(f"{prefix}{name}.")
+
+    def put(self, path: list[str], value: Any, variant: str) -> None:
+        """Give the field at `path` another value."""
+        name, *rest = path
+        old = self._fields[name]
+        if rest:
+            old.put(rest, value, variant)
+        else:
+            self._fields[name] = _drafted(_checked(name, old, value, variant))
+
+    def finish(self) -> Any:
+        """The configuration; the very same one if nothing has changed."""
+        made = {
+            name: value.finish() if isinstance(value, _Draft) else value
+            for name, value in self._fields.items()
+        }
+        changes = {n: value for n, value in made.items() if value is not getattr(self._config, n)}
+        return dataclasses.replace(self._config, **changes) if changes else self._config
+
+
+def _drafted(value: Any) -> Any:
+    return _Draft(value) if _is_part(value) else value
+
+
+def _is_part(value: Any) -> bool:
+    """Whether `value` is a dataclass, and not a class of them."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _find(draft: _Draft, wanted: str, variant: str) -> str:
     """The dotted path of the field that `wanted` means."""
-    paths = list(_paths(config))
+    paths = list(draft.paths())
     if wanted in paths:
         return wanted
     tails = [path for path in paths if path.endswith(f".{wanted}")]
@@ -374,28 +480,12 @@ def _find(config: Any, wanted: str, variant: str) -> str:
     return found[0]
 
 
-def _paths(config: Any, prefix: str = "") -> Iterator[str]:
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        yield prefix + field.name
-        if dataclasses.is_dataclass(value):
-            yield from _paths(value, f"{prefix}{field.name}.")
-
-
-def _replace(config: Any, path: list[str], value: Any, variant: str) -> Any:
-    name, *rest = path
-    old = getattr(config, name)
-    new = _replace(old, rest, value, variant) if rest else _checked(name, old, value, variant)
-    return dataclasses.replace(config, **{name: new})
-
-
 def _checked(name: str, old: Any, value: Any, variant: str) -> Any:
     """`value`, if it can stand where `old` stood."""
     if old is None or value is None:
         return value
-    if dataclasses.is_dataclass(old):
-        configured = dataclasses.is_dataclass(value) and not isinstance(value, type)
-        allowed, want = configured, "a configuration"
+    if isinstance(old, _Draft):
+        allowed, want = _is_part(value), "a configuration"
     elif isinstance(old, bool) or isinstance(value, bool):
         allowed, want = isinstance(value, bool) and isinstance(old, bool), type(old).__name__
     elif isinstance(old, float):
@@ -405,5 +495,10 @@ def _checked(name: str, old: Any, value: Any, variant: str) -> Any:
     else:
         allowed, want = True, ""
     if not allowed:
-        raise UsageError(f"{variant}: {name} = {value!r}, want {want} such as {old!r}")
+        such = f" such as {old!r}"
+        if isinstance(old, tuple) and _is_part(value):
+            such = f" such as ({type(value).__name__}(...),)"
+        elif isinstance(value, str) and value in index():
+            such = f", not a name: {value} has {', '.join(map(_dotted, _parts(value)))}"
+        raise UsageError(f"{variant}: {name} = {value!r}, want {want}{such}")
     return value

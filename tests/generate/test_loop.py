@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 
 from tests.models.draw import draw
-from zoo.generate.autoregressive import Answers, Reader, generate, padded, rounded_up
+from zoo.generate.autoregressive import Answers, Reader, generate, padded
 from zoo.generate.sampling import Sampling
 from zoo.models.core.errors import UsageError
 from zoo.models.parts.assemblies.language import CausalLMConfig
 from zoo.models.parts.decoders.gqa import DecoderConfig
+from zoo.processors.lengths import text_length
 
 V, CONTEXT, LENGTH = 40, 64, 10
 LENGTHS = (9, 3, 6)
@@ -136,10 +137,10 @@ def test_padding_changes_nothing(model, params, prompts, ask):
 
 
 def test_lengths_to_compile_for():
-    assert [rounded_up(n) for n in (1, 16, 17, 20, 21, 100, 1000, 1025)] == [
+    assert [text_length(n) for n in (1, 16, 17, 20, 21, 100, 1000, 1025)] == [
         *(16, 16, 20, 20, 24, 112, 1024, 1280)
     ]
-    assert len({rounded_up(n) for n in range(1, 4097)}) <= 1 + 4 * 8
+    assert len({text_length(n) for n in range(1, 4097)}) <= 1 + 4 * 8
 
 
 def test_few_programs_are_compiled(model, params):

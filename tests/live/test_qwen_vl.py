@@ -19,7 +19,8 @@ from zoo.models.core.errors import UsageError
 from zoo.models.core.hf import Fields
 from zoo.models.core.registry import base, read_hf
 from zoo.models.parts.assemblies.qwen_vl import QwenVLConfig
-from zoo.processors.native import NativeSpec, Picture, bucket, smart_resize
+from zoo.processors.lengths import bucket
+from zoo.processors.native import NativeSpec, Picture, smart_resize
 
 IMAGE, VIDEO, START, END, PAD = 60, 61, 58, 59, 0
 CLASSES = {

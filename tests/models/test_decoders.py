@@ -11,8 +11,8 @@ from zoo.models.core.tree import size_by_part
 from zoo.models.core.types import Tokens
 from zoo.models.parts.decoders.gqa import DecoderConfig
 from zoo.models.parts.layers.attention import Sliding
+from zoo.models.parts.layers.plan import cover
 from zoo.models.parts.layers.rope import LongRope, RopeConfig
-from zoo.models.parts.layers.stack import cover
 
 PUBLISHED = {
     # The numbers of parameters that the hub shows for (or that follow from the `total_size` of) the

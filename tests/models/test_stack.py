@@ -13,8 +13,9 @@ from tests.models.draw import draw
 from zoo.models.core.names import tree_names
 from zoo.models.core.tree import flatten_dict
 from zoo.models.core.types import KV, Reserve, Stream
+from zoo.models.parts.layers.plan import Step, cover
 from zoo.models.parts.layers.selection import pick, put
-from zoo.models.parts.layers.stack import Stack, Step, cover, unstack
+from zoo.models.parts.layers.stack import Stack, unstack
 
 TOTAL = toy.SLOTS + toy.PROMPT + toy.ANSWER
 KEY = jax.random.key(1)

@@ -14,8 +14,8 @@ from zoo.models.core.types import KV, Stream, Tokens, take
 from zoo.models.parts.layers.attention import attend, causal
 from zoo.models.parts.layers.block import Block
 from zoo.models.parts.layers.linear import Proj, dense
+from zoo.models.parts.layers.plan import LayerPolicy, Step
 from zoo.models.parts.layers.selection import pick, put
-from zoo.models.parts.layers.stack import LayerPolicy, Step
 
 BATCH, SLOTS, PROMPT, ANSWER, WIDTH = 2, 12, 7, 3, 16
 BLOCK = Block(width=WIDTH, num_heads=4, num_kv_heads=2, mlp_dim=24)

@@ -13,7 +13,7 @@ import numpy as np
 from zoo.generate.sampling import Knobs, Sampling, choose
 from zoo.models.core.errors import UsageError
 from zoo.models.core.types import Array, Batch, Tokens
-from zoo.processors.native import bucket
+from zoo.processors.lengths import text_length
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Answers:
         self._reader, self._params = reader, params
         _check_context(reader, params, prompts, budget, max_new_tokens)
         # The last token is never read back, so the cache needs no room for it.
-        room = rounded_up(max_new_tokens) - 1
+        room = text_length(max_new_tokens) - 1
         self._state = _start(reader, params, prompts, budget, self._knobs, self._eos, room)
 
     @property
@@ -191,11 +191,6 @@ class Answers:
         return [row[:-1] if row[-1] in ends else row for row in rows]
 
 
-def rounded_up(length: int) -> int:
-    """A length to compile for: at least 16, and four in every octave, so that programs stay few."""
-    return max(16, bucket(length))
-
-
 def padded(batch: Batch) -> dict[str, Any]:
     """Prompts with the text padded on the right to a length that programs are compiled for.
 
@@ -204,7 +199,7 @@ def padded(batch: Batch) -> dict[str, Any]:
     found: dict[str, Any] = dict(batch)
     ids = found["ids"]
     found.setdefault("text_mask", np.ones(ids.shape, bool))
-    more = rounded_up(ids.shape[1]) - ids.shape[1]
+    more = text_length(ids.shape[1]) - ids.shape[1]
     if not more:
         return found
     # `positions` has a place for each token of the expanded sequence, which grows as much.

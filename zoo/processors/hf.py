@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,14 +27,14 @@ from zoo.models.parts.assemblies.language import CausalLMConfig
 from zoo.models.parts.assemblies.llava import LlavaConfig
 from zoo.models.parts.assemblies.qwen_vl import QwenVLConfig
 from zoo.models.parts.text.bert import BertConfig
-from zoo.processors import tiling
 from zoo.processors.files import read_json
 from zoo.processors.hub_text import HubTokenizer
 from zoo.processors.image_config import read_views
-from zoo.processors.native import NativeSpec, Picture, bucket
+from zoo.processors.lengths import bucket, text_length
+from zoo.processors.native import NativeSpec
 from zoo.processors.template import ChatTemplate, Message, find_template
-from zoo.processors.tiling import Reading
 from zoo.processors.views import AnyRes, Native, Single, Tiled, Views
+from zoo.processors.vision import NativeVision, TileVision, Vision
 
 Batch = dict[str, np.ndarray]
 Prompt = str | Sequence[Message]
@@ -42,126 +42,6 @@ Prompt = str | Sequence[Message]
 
 Pictures = Source | Sequence[Source] | None
 """The pictures of one prompt."""
-
-_SHORTEST = 16  # prompts below this length share one shape
-
-
-class Seen(NamedTuple):
-    """One picture as a model that reads tiles sees it: [tiles, h, w, 3], and which tokens."""
-
-    tiles: np.ndarray
-    reading: Reading
-
-
-class Vision(Protocol):
-    """How the pictures of a vision-language model become arrays."""
-
-    image_id: int
-
-    def see(self, picture: np.ndarray, *, alone: bool) -> Any:
-        """What the model sees of `picture` [H, W, 3] uint8, the only one of its prompt or not."""
-        ...
-
-    def num_tokens(self, seen: Any) -> int:
-        """How many vision tokens take the place of its placeholder."""
-        ...
-
-    def batch(self, ids: list[list[int]], seen: list[list[Any]], pad: int) -> Batch:
-        """The arrays of a batch of prompts, `ids` with one placeholder for each picture."""
-        ...
-
-
-@dataclass(frozen=True)
-class TileVision:
-    """Pictures as tiles of one size, whose tokens are read in some order.
-
-    Attributes:
-      views: how pictures are cut.
-      image_id: the placeholder.
-      tokens: Q, vision tokens of one tile.
-      grid: rows and columns of these, where rows of tiles are read.
-      max_tiles: see `zoo.processors.tiling.anyres`.
-    """
-
-    views: Single | AnyRes | Tiled
-    image_id: int
-    tokens: int
-    grid: tuple[int, int]
-    max_tiles: int | None = None
-
-    def see(self, picture: np.ndarray, *, alone: bool) -> Seen:
-        """Tiles and reading of one picture."""
-        tiles = self.views.tiles(picture, alone=alone)
-        whole = isinstance(self.views, AnyRes) and (alone or not self.views.several)
-        if not whole:
-            newline = isinstance(self.views, AnyRes)
-            return Seen(tiles, tiling.whole_tiles(len(tiles), self.tokens, newline=newline))
-        reading = tiling.anyres(
-            picture.shape[:2],
-            self.views.resolutions,
-            tile=self.views.tile,
-            grid=self.grid,
-            max_tiles=self.max_tiles,
-        )
-        return Seen(tiles, reading)
-
-    def num_tokens(self, seen: Seen) -> int:
-        """How many vision tokens take the place of its placeholder."""
-        return seen.reading.size
-
-    def batch(self, ids: list[list[int]], seen: list[list[Seen]], pad: int) -> Batch:
-        """Prompts padded on the right; lengths and numbers of tiles and slots are rounded up."""
-        images = bucket(max(map(len, seen)))
-        longest = max(len(row) + images - len(shown) for row, shown in zip(ids, seen, strict=True))
-        text = tiling.pad_prompts(
-            ids,
-            image_id=self.image_id,
-            pad_id=pad,
-            num_images=images,
-            length=bucket(max(longest, _SHORTEST)),
-        )
-        if not images:
-            return text
-        readings = [[picture.reading for picture in row] for row in seen]
-        tiles = [[picture.tiles for picture in row] for row in seen]
-        if isinstance(self.views, Single):  # the order of the pixels is that of the slots
-            return {**text, "pixels": tiling.stack_tiles(tiles, num_tiles=images)}
-        most = bucket(max(sum(reading.tiles for reading in row) for row in readings))
-        slots = bucket(max(sum(reading.size for reading in row) for row in readings))
-        places = tiling.pack(
-            readings, tokens=self.tokens, num_images=images, num_tiles=most, num_slots=slots
-        )
-        return {**text, **places, "pixels": tiling.stack_tiles(tiles, num_tiles=most)}
-
-
-@dataclass(frozen=True)
-class NativeVision:
-    """Pictures as patches in their native resolution.
-
-    Attributes:
-      views: how pictures are resized and normalised.
-      spec: how they are cut.
-      image_id: the placeholder of an image.
-      video_id: that of a video.
-    """
-
-    views: Native
-    spec: NativeSpec
-    image_id: int
-    video_id: int
-
-    def see(self, picture: np.ndarray, *, alone: bool) -> Picture:
-        """The patches of one picture. Raises UsageError if it is too narrow."""
-        return self.views.picture(picture, self.spec)
-
-    def num_tokens(self, seen: Picture) -> int:
-        """How many vision tokens take the place of its placeholder."""
-        return self.spec.num_tokens(seen.grid)
-
-    def batch(self, ids: list[list[int]], seen: list[list[Picture]], pad: int) -> Batch:
-        """Prompts padded on the right; all lengths are rounded up."""
-        placeholders = (self.image_id, self.video_id)
-        return self.spec.batch(ids, seen, placeholders=placeholders, pad=pad)
 
 
 class Encoded(NamedTuple):
@@ -226,7 +106,7 @@ class HubProcessor:
         ids, seen = [row.ids for row in rows], [row.seen for row in rows]
         if self.vision is not None:
             return self.vision.batch(ids, seen, self.pad)
-        return _padded(ids, self.pad, bucket(max(_SHORTEST, *map(len, ids))))
+        return _padded(ids, self.pad, text_length(max(map(len, ids))))
 
     def expanded_ids(
         self,
@@ -303,6 +183,11 @@ class HubProcessor:
         ids = self.tokenizer.encode_marked(text, around=around)
         found = 0
         if self.vision is not None:
+            if self.vision.video_id in ids:
+                raise UsageError(
+                    "the prompt shows a video, and pictures alone are read: show some of its "
+                    "frames as pictures"
+                )
             found = ids.count(self.vision.image_id)
             if self.around_image is not None:
                 ids = self._surrounded(ids)
@@ -485,8 +370,7 @@ def _(config: QwenVLConfig, folder: Path) -> HubProcessor:
             f"{views.temporal_patch_size} frames, merged by {views.merge_size}, and the model has "
             f"{cut}: the two are not of one checkpoint"
         )
-    spec = NativeSpec(*cut, tower.window_size, config.tokens_per_second)
-    vision = NativeVision(views, spec, config.image_id, config.video_id)
+    vision = NativeVision(views, NativeSpec.of(config), config.image_id, config.video_id)
     return _language(folder, config.decoder.context, vision)
 
 

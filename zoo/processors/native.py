@@ -1,6 +1,6 @@
 """Pictures in their native resolution: sizes, patches, windows and rotary positions, for Qwen-VL.
 
-Follows: arXiv:2409.12191 (Qwen2-VL), arXiv:2502.13923 (Qwen2.5-VL).
+Follows: arXiv:2409.12191 (Qwen2-VL), arXiv:2502.13923 (Qwen2.5-VL), arXiv:2511.21631 (Qwen3-VL).
 
 A *picture* is an image or a video. It is cut into patches of `patch_size` x `patch_size` pixels and
 `temporal_patch_size` frames; its *grid* (t, h, w) counts them. The language model sees one token
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from zoo.models.core.errors import UsageError
+from zoo.processors.lengths import bucket
 
 if TYPE_CHECKING:
     from zoo.models.parts.assemblies.qwen_vl import QwenVLConfig
@@ -64,15 +65,6 @@ def smart_resize(
     return sides[0], sides[1]
 
 
-def bucket(n: int) -> int:
-    """The least number >= n of the form (4, 5, 6 or 7) x a power of two; n itself up to 8.
-
-    At most a quarter is added, and only four sizes occur between a number and its double.
-    """
-    step = 1 << max(0, n.bit_length() - 3)
-    return -(-n // step) * step
-
-
 @dataclass(frozen=True, eq=False)
 class Picture:
     """An image or a video, cut into patches.
@@ -98,6 +90,8 @@ class NativeSpec:
       merge_size: side of the block of patches that becomes one token.
       window_size: side of an attention window in pixels; None for a tower without windows.
       tokens_per_second: temporal positions per second of video; None: one per step of t.
+      time_in_text: every step of t is a picture of its own, with a placeholder of its own and, for
+        a video, its time in the text before it.
     """
 
     patch_size: int = 14
@@ -105,6 +99,7 @@ class NativeSpec:
     merge_size: int = 2
     window_size: int | None = None
     tokens_per_second: float | None = None
+    time_in_text: bool = False
 
     @classmethod
     def of(cls, config: "QwenVLConfig") -> "NativeSpec":
@@ -116,6 +111,7 @@ class NativeSpec:
             tower.merge_size,
             tower.window_size,
             config.tokens_per_second,
+            config.time_in_text,
         )
 
     @property
@@ -136,7 +132,8 @@ class NativeSpec:
         """(t, h, w) of `num_frames` frames (1 for an image) of resized pixels.
 
         Raises:
-          UsageError: a side is no multiple of `factor`, or there is no frame.
+          UsageError: a side is no multiple of `factor`, there is no frame, or there are more than
+            one picture may have.
         """
         if num_frames < 1 or height % self.factor or width % self.factor or not height * width:
             raise UsageError(
@@ -144,6 +141,12 @@ class NativeSpec:
                 f"both sides multiples of {self.factor}, as `smart_resize` makes them"
             )
         steps = -(-num_frames // self.temporal_patch_size)
+        if self.time_in_text and steps > 1:
+            raise UsageError(
+                f"a video of {num_frames} frames: this model reads one picture for each "
+                f"{self.temporal_patch_size} of them, with the time in the text before it; cut the "
+                "video into such pictures, each with a placeholder"
+            )
         return steps, height // self.patch_size, width // self.patch_size
 
     def picture(self, frames: np.ndarray, seconds: float | None = None) -> Picture:

@@ -20,8 +20,9 @@ from zoo.models.parts.layers.block import Block, NormPlace
 from zoo.models.parts.layers.embed import Embed
 from zoo.models.parts.layers.linear import Proj, dense
 from zoo.models.parts.layers.norms import NormKind, make_norm
+from zoo.models.parts.layers.plan import Step
 from zoo.models.parts.layers.rope import RopeConfig
-from zoo.models.parts.layers.stack import Stack, Step
+from zoo.models.parts.layers.stack import Stack
 
 Plan = tuple[Step, ...]
 PlanRule = Callable[[Plan], Plan]
@@ -202,12 +203,16 @@ def head_row(config: DecoderConfig, embedding: str) -> Row | Alias:
     return Row("lm_head/kernel", "lm_head.weight", linear())
 
 
-def decoder_table(config: DecoderConfig) -> Table:
+def decoder_table(config: DecoderConfig, prefix: str = "model.") -> Table:
     """Keys of a decoder in Hugging Face checkpoints of the Llama family: `model.…` and `lm_head.…`.
 
     Architectures that name or fuse their tensors in another way have their own tables.
+
+    Args:
+      config: of the decoder.
+      prefix: of all keys but `lm_head.…`.
     """
-    steps, layer, at = tuple(range(config.depth)), "model.layers.{}.", "stack/layers/"
+    steps, layer, at = tuple(range(config.depth)), prefix + "layers.{}.", "stack/layers/"
     norms = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     if config.norm_place == "sandwich":
         norms = {
@@ -223,9 +228,9 @@ def decoder_table(config: DecoderConfig) -> Table:
     maps |= {f"mlp.{name}_proj": (name, config.mlp_bias) for name in ("gate", "up", "down")}
 
     rows: list[Row | Alias] = [
-        Row("embedding/embedding", "model.embed_tokens.weight"),
-        Row("final_norm/scale", "model.norm.weight"),
-        head_row(config, "model.embed_tokens.weight"),
+        Row("embedding/embedding", f"{prefix}embed_tokens.weight"),
+        Row("final_norm/scale", f"{prefix}norm.weight"),
+        head_row(config, f"{prefix}embed_tokens.weight"),
     ]
     for name, key in norms.items():
         rows.append(Row(f"{at}{name}/scale", f"{layer}{key}.weight", steps=steps))

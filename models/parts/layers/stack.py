@@ -1,10 +1,9 @@
 """The mechanism that every tower and decoder runs on: a plan of steps, executed as scanned
 segments.
 
-A plan is a tuple of `Step`s. Each names a block (the layer itself), the policies wrapped around it,
-and the parameter stack that its weights live in. The parameter leaves of all steps are stored
-stacked: a leaf has one row for every step that owns it, so that replacing a part of some layers
-leaves no dead rows, and a policy never changes the names or the shapes of the weights of the block.
+The parameter leaves of all steps of a plan (`zoo.models.parts.layers.plan`) are stored stacked: a
+leaf has one row for every step that owns it, so that replacing a part of some layers leaves no dead
+rows, and a policy never changes the names or the shapes of the weights of the block.
 
 The steps are covered by segments (start, period, repeats); a segment traces `period` steps and
 scans them `repeats` times. The same numbers come out scanned or unrolled.
@@ -16,187 +15,25 @@ place.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from zoo.models.core.tree import Path, flatten_dict, unflatten_dict
-from zoo.models.core.types import Array, Aux, Memory, Stream, Tokens
-
-_SCAN_FROM = 5
-"""Fewer repeats are unrolled, which compiles as fast and need not stack what the gradient reads.
-"""
-
-State = Any
-Run = Callable[[Stream, State], tuple[Stream, State, Aux]]
-Segment = tuple[int, int, int]
-
-
-@struct.dataclass
-class LayerPolicy:
-    """What happens around a layer: gather, run and scatter, add before, shorten the stream.
-
-    Static fields decide the segment; the other fields are numbers that may differ per layer and are
-    scanned. A policy that changes only vision tokens is the identity when `stream.slots` is 0.
-
-    Attributes:
-      name: under which its own weights live, beside those of the block.
-      shared: its weights have one row, which all of its layers use.
-      splits: it runs the halves of the layer itself instead of calling `run`; only the innermost
-        may.
-    """
-
-    name: ClassVar[str]
-    shared: ClassVar[bool] = False
-    splits: ClassVar[bool] = False
-
-    def module(self, block: nn.Module) -> nn.Module | None:
-        """The policy's own module, made with `parent=None` and initialised on a hidden [1, 2, D];
-        or None.
-        """
-        del block
-        return None
-
-    def __call__(
-        self,
-        layer: nn.Module,
-        own: nn.Module | None,
-        run: Run,
-        stream: Stream,
-        state: State,
-        memory: Memory,
-    ) -> tuple[Stream, State, Aux]:
-        """Run one layer.
-
-        Args:
-          layer: the bound block, for policies that need its halves or projections.
-          own: the bound module of this policy.
-          run: the layer with the inner policies.
-          stream: input.
-          state: the layer's state, `Reserve`, or None in training.
-          memory: read-only arrays per example.
-        """
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a plan. `policies` are ordered from the outermost to the innermost."""
-
-    block: nn.Module
-    policies: tuple[LayerPolicy, ...] = ()
-    stack: str = "layers"
-
-    def __post_init__(self) -> None:
-        names = [policy.name for policy in self.policies]
-        if len(set(names)) < len(names):
-            raise ValueError(f"policies {names}: the same policy twice around one layer")
-        if any(policy.splits for policy in self.policies[:-1]):
-            raise ValueError(
-                f"policies {names}: one that splits the layer into halves must be innermost "
-                "(last), because those inside it would not be run"
-            )
-
-    @property
-    def kind(self) -> Hashable:
-        """Steps of equal kind run the same code and differ in weights and scanned numbers only."""
-        policies = tuple((type(p), jax.tree.structure(p)) for p in self.policies)
-        return (self.stack, self.block, policies)
-
-    def init(self, key: Array) -> dict[str, Any]:
-        """Boxed parameters: the block's leaves and {policy name: the policy's leaves}."""
-        hidden = jnp.zeros((1, 2, self.block.width))
-        stream = Stream(hidden, Tokens.sequence(jnp.ones((1, 2), bool)))
-        block = _detached(self.block)
-        params = dict(block.init(key, stream, method="probe").get("params", {}))
-        for number, policy in enumerate(self.policies):
-            if (module := _detached(policy.module(self.block))) is not None:
-                if policy.name in params:
-                    raise ValueError(
-                        f"policy {policy.name!r}: the block has a part of the same name"
-                    )
-                params[policy.name] = module.init(jax.random.fold_in(key, number), hidden)["params"]
-        return params
-
-    def run(
-        self,
-        params: dict[str, Any],
-        policies: tuple[LayerPolicy, ...],
-        stream: Stream,
-        state: State,
-        memory: Memory,
-    ) -> tuple[Stream, State, Aux]:
-        """The layer inside its policies;
-
-        `policies` are this step's, with their numbers as arrays.
-        """
-        own = {p.name for p in self.policies}
-        layer = _detached(self.block).bind(
-            {"params": {k: v for k, v in params.items() if k not in own}}
-        )
-
-        def call(stream: Stream, state: State) -> tuple[Stream, State, Aux]:
-            return layer(stream, state, memory)
-
-        for policy in reversed(policies):
-            module = _detached(policy.module(self.block))
-            bound = None if module is None else module.bind({"params": params[policy.name]})
-            call = functools.partial(_wrapped, policy, layer, bound, call, memory)
-        return call(stream, state)
-
-
-def _detached(module: nn.Module | None) -> nn.Module | None:
-    """The module on its own: what another module's method makes, that module adopts."""
-    return None if module is None else module.clone(parent=None, name=None)
-
-
-def _wrapped(
-    policy: LayerPolicy,
-    layer: nn.Module,
-    own: nn.Module | None,
-    inner: Run,
-    memory: Memory,
-    stream: Stream,
-    state: State,
-) -> tuple[Stream, State, Aux]:
-    """`policy` around `inner`; the aux of both, an outer name winning."""
-    inner_aux: Aux = {}
-
-    def run(stream: Stream, state: State) -> tuple[Stream, State, Aux]:
-        stream, state, aux = inner(stream, state)
-        inner_aux.update(aux)
-        return stream, state, aux
-
-    stream, state, aux = policy(layer, own, run, stream, state, memory)
-    return stream, state, {**inner_aux, **aux}
-
-
-@functools.lru_cache(maxsize=1024)
-def cover(kinds: tuple[Hashable, ...]) -> tuple[Segment, ...]:
-    """Cover steps of these kinds with segments (start, period, repeats) so that the fewest are
-    traced.
-    """
-    n = len(kinds)
-    best: dict[int, tuple[int, tuple[Segment, ...]]] = {n: (0, ())}
-    for start in range(n - 1, -1, -1):
-        options = []
-        for period in range(1, n - start + 1):
-            unit = kinds[start : start + period]
-            repeats, stop = 1, start + period
-            while True:
-                traced, rest = best[stop]
-                own = period if repeats >= _SCAN_FROM else period * repeats
-                options.append((traced + own, ((start, period, repeats), *rest)))
-                if stop + period > n or kinds[stop : stop + period] != unit:
-                    break
-                repeats, stop = repeats + 1, stop + period
-        best[start] = min(options, key=lambda option: (option[0], len(option[1])))
-    return best[0][1]
+from zoo.models.core.types import Array, Aux, Memory, Stream
+from zoo.models.parts.layers.plan import (
+    SCAN_FROM,
+    Segment,
+    State,
+    Step,
+    cover,
+    flatten_boxed,
+    is_shared,
+    owners_of,
+)
 
 
 class Stack(nn.Module):
@@ -268,7 +105,7 @@ class Stack(nn.Module):
         found: list[Segment] = []
         covered = cover(tuple(step.kind for step in self.steps[start:stop]))
         for first, period, repeats in covered:
-            if self.scan and not unstacked and repeats >= _SCAN_FROM:
+            if self.scan and not unstacked and repeats >= SCAN_FROM:
                 found.append((start + first, period, repeats))
             else:
                 found += [(start + first + i, 1, 1) for i in range(period * repeats)]
@@ -284,15 +121,15 @@ class Stack(nn.Module):
         for members in groups.values():
             keys = jnp.stack([jax.random.fold_in(key, i) for i in members])
             tree = jax.vmap(self.steps[members[0]].init)(keys)
-            for path, leaf in _flatten_boxed(tree).items():
+            for path, leaf in flatten_boxed(tree).items():
                 parts.setdefault((stack, *path), []).append((members, leaf))
         out = {}
-        for path, owners in _owners(self.steps).items():
+        for path, owners in owners_of(self.steps).items():
             if path[0] != stack:
                 continue
             values = [nn.unbox(leaf) for _, leaf in parts[path]]
             order = [i for members, _ in parts[path] for i in members]
-            kept = owners[:1] if _is_shared(self.steps, path) else owners
+            kept = owners[:1] if is_shared(self.steps, path) else owners
             rows = jnp.concatenate(values)[jnp.array([order.index(i) for i in kept])]
             first = parts[path][0][1]
             names = (
@@ -366,7 +203,7 @@ class _Rows:
 
     def __init__(self, steps: tuple[Step, ...], tree: dict[str, Any]):
         self._steps = steps
-        self._owners = _owners(steps)
+        self._owners = owners_of(steps)
         self._leaves = flatten_dict(tree)
         self._pieces: dict[Path, dict[int, Array]] | None = None
         self.unstacked = any(isinstance(leaf, tuple) for leaf in self._leaves.values())
@@ -379,7 +216,7 @@ class _Rows:
         ends = [(start, start + period * repeats) for start, period, repeats in segments]
         spans = [(0, ends[0][0]), *ends, (ends[-1][1], len(self._steps))]
         for path, leaf in self._leaves.items():
-            if not _is_shared(self._steps, path):
+            if not is_shared(self._steps, path):
                 sizes = [sum(a <= owner < b for owner in self._owners[path]) for a, b in spans]
                 pieces = jax.lax.split(leaf, sizes)[1:-1]
                 self._pieces[path] = {a: piece for (a, _), piece in zip(ends, pieces, strict=True)}
@@ -405,7 +242,7 @@ class _Rows:
                 continue
             leaf, before = self._leaves[path], self._count(path, 0, start)
             rank = owners.index(start + offset) - before
-            if _is_shared(self._steps, path):
+            if is_shared(self._steps, path):
                 row = leaf[0]
             elif path in unit_rows:
                 row = unit_rows[path][rank]
@@ -448,40 +285,3 @@ def restack(params: Any) -> Any:
 
 def _row(leaf: Array, at: Array | int) -> Array:
     return jax.lax.dynamic_index_in_dim(leaf, at, 0, keepdims=False)
-
-
-def _is_shared(steps: tuple[Step, ...], path: Path) -> bool:
-    return any(p.shared and p.name == path[1] for step in steps for p in step.policies)
-
-
-@functools.lru_cache(maxsize=256)
-def _owners(steps: tuple[Step, ...]) -> dict[Path, tuple[int, ...]]:
-    """{leaf path with its stack: the steps that own it}.
-
-    Raises:
-      ValueError: if two steps give one path different shapes.
-    """
-    owners: dict[Path, list[int]] = {}
-    shapes: dict[Path, tuple[int, ...]] = {}
-    by_kind: dict[Hashable, dict[Path, Any]] = {}
-    for i, step in enumerate(steps):
-        if step.kind not in by_kind:
-            by_kind[step.kind] = _flatten_boxed(jax.eval_shape(step.init, jax.random.key(0)))
-        for sub, leaf in by_kind[step.kind].items():
-            path, shape = (step.stack, *sub), nn.unbox(leaf).shape
-            if shapes.setdefault(path, shape) != shape:
-                raise ValueError(f"{'/'.join(path)}: steps disagree, {shapes[path]} and {shape}")
-            owners.setdefault(path, []).append(i)
-    return {path: tuple(steps) for path, steps in owners.items()}
-
-
-def _flatten_boxed(tree: Any) -> dict[Path, Any]:
-    return flatten_dict(tree, is_leaf=lambda _, leaf: isinstance(leaf, nn.LogicallyPartitioned))
-
-
-def layers(block: nn.Module, depth: int, policies: Sequence[LayerPolicy] = ()) -> tuple[Step, ...]:
-    """The plan of a plain transformer:
-
-    `depth` times the same block, all inside the same policies.
-    """
-    return (Step(block, tuple(policies)),) * depth

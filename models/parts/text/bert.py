@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from zoo.models.core.config import ModelConfig
-from zoo.models.core.keytable import Row, Table, flat, linear
+from zoo.models.core.keytable import Alias, AnyRow, Row, Table, flat, linear
 from zoo.models.core.tree import check_shape
 from zoo.models.core.types import Array, Batch, Features, Stream, Tokens
 from zoo.models.parts.layers.activations import ACTIVATIONS
@@ -25,7 +25,8 @@ from zoo.models.parts.layers.cross_block import CrossBlock
 from zoo.models.parts.layers.embed import Embed
 from zoo.models.parts.layers.linear import Proj, dense, table_init
 from zoo.models.parts.layers.norms import LayerNorm
-from zoo.models.parts.layers.stack import Stack, Step
+from zoo.models.parts.layers.plan import Step
+from zoo.models.parts.layers.stack import Stack
 
 
 @dataclass(frozen=True)
@@ -261,6 +262,26 @@ class Bert(nn.Module):
     def match(self, pooled: Array) -> Array:
         """The pooler's output [B, D] -> float32 logits [B, 2]: follows, does not follow."""
         return self.match_head(pooled).astype(jnp.float32)
+
+
+def lm_head_rows(transform: str, norm: str, head: str, embedding: str) -> list[AnyRow]:
+    """Rows of the head that predicts masked tokens, whose last map is the table of words.
+
+    Args:
+      transform: prefix of its first linear map.
+      norm: prefix of its norm.
+      head: prefix of its bias and of the copies in `decoder`.
+      embedding: key of the table of words.
+    """
+    return [
+        Row("lm_head/dense/kernel", f"{transform}.weight", linear()),
+        Row("lm_head/dense/bias", f"{transform}.bias"),
+        Row("lm_head/norm/scale", f"{norm}.weight"),
+        Row("lm_head/norm/bias", f"{norm}.bias"),
+        Row("lm_head/bias", f"{head}.bias"),
+        Alias(f"{head}.decoder.weight", embedding),
+        Alias(f"{head}.decoder.bias", f"{head}.bias"),
+    ]
 
 
 def encoder_table(config: BertConfig) -> Table:

@@ -18,7 +18,8 @@ from zoo.models.parts.layers.block import Block
 from zoo.models.parts.layers.embed import Embed
 from zoo.models.parts.layers.linear import table_init
 from zoo.models.parts.layers.norms import LayerNorm
-from zoo.models.parts.layers.stack import Stack, layers
+from zoo.models.parts.layers.plan import layers
+from zoo.models.parts.layers.stack import Stack
 from zoo.models.parts.towers.vit import CLIP_LAYER, ViTConfig, layer_rows, norm_rows
 
 Pool = Literal["end", "highest", "last"]

@@ -1,6 +1,7 @@
 """The vision transformer of Qwen-VL: pictures in their native resolution, any number in a row.
 
-Follows: arXiv:2409.12191 (Qwen2-VL), arXiv:2502.13923 (Qwen2.5-VL: windows).
+Follows: arXiv:2409.12191 (Qwen2-VL), arXiv:2502.13923 (Qwen2.5-VL: windows), arXiv:2511.21631
+(Qwen3-VL: learned positions beside the rotary ones).
 
 It reads these names of a batch, which `zoo.processors.native.NativeSpec.pack` makes:
 
@@ -29,10 +30,11 @@ from zoo.models.core.keytable import Row, Table, Transform, flat, linear, split
 from zoo.models.core.tree import check_shape
 from zoo.models.core.types import Array, Features, Memory, Stream, Tokens, take
 from zoo.models.parts.layers.block import QKV, Block
-from zoo.models.parts.layers.linear import Proj, dense
+from zoo.models.parts.layers.linear import Proj, dense, table_init
 from zoo.models.parts.layers.norms import NormKind, make_norm
+from zoo.models.parts.layers.plan import Step
 from zoo.models.parts.layers.rope import rope_frequencies, rotate
-from zoo.models.parts.layers.stack import Stack, Step
+from zoo.models.parts.layers.stack import Stack
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class QwenViTConfig:
       temporal_patch_size: frames in a patch.
       channels: of the pixels.
       merge_size: side of the block of patches that becomes one token of the language model.
+      patch_bias: a bias on the patch embedding.
+      table_side: side of a square table of learned positions, which is stretched over every frame;
+        0 for none.
       width: D.
       depth: number of layers.
       num_heads: attention heads.
@@ -62,6 +67,8 @@ class QwenViTConfig:
     temporal_patch_size: int = 2
     channels: int = 3
     merge_size: int = 2
+    patch_bias: bool = False
+    table_side: int = 0
     width: int = 1280
     depth: int = 32
     num_heads: int = 16
@@ -220,7 +227,8 @@ class NativeBlock(Block):
 
 
 class QwenViT(nn.Module):
-    """Flattened patches, rotary rows and columns, pre-norm layers; no final norm.
+    """Flattened patches, learned positions if there are any, rotary rows and columns, pre-norm
+    layers; no final norm.
 
     The tokens of the result are the patches in their order; `PatchMerger` makes tokens of them.
     """
@@ -229,7 +237,11 @@ class QwenViT(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.patch = Proj("bpc,cd->bpd", (c.patch_dim, c.width), ("conv_in", "conv_out"))
+        shape, axes = (c.patch_dim, c.width), ("conv_in", "conv_out")
+        self.patch = Proj("bpc,cd->bpd", shape, axes, bias=c.patch_bias)
+        if c.table_side:
+            init = nn.with_logical_partitioning(table_init(c.width), ("positions", "embed"))
+            self.position = self.param("position", init, (c.table_side**2, c.width))
         self.stack = Stack(c.plan())
 
     def __call__(
@@ -274,7 +286,10 @@ class QwenViT(nn.Module):
             check_shape("patch_window", window, "[B, W, K']", batch, None, c.window_patches)
             memory["window"] = Groups.of(window, tokens)
 
-        stream = Stream(self.patch(patches.astype(c.dtype)), tokens)
+        hidden = self.patch(patches.astype(c.dtype))
+        if c.table_side:
+            hidden = hidden + self._learned(grid, segment).astype(hidden.dtype)
+        stream = Stream(hidden, tokens)
         found, done = {}, 0
         for tap in sorted({*taps, c.depth}):
             stream, _, _ = self.stack(stream, None, memory, start=done, stop=tap)
@@ -282,6 +297,22 @@ class QwenViT(nn.Module):
             if tap in taps:
                 found[tap] = stream.hidden
         return Features(stream.hidden, (length,), mask=segment > 0, taps=found)
+
+    def _learned(self, grid: Array, segment: Array) -> Array:
+        """[B, P, D]: the table of learned positions, stretched so that its corners are the corners
+        of the frame, and read between its cells where each patch stands.
+        """
+        side, frames = self.config.table_side, segment.shape[1] // self.config.block + 1
+        last = jax.vmap(lambda g, s: jax.ops.segment_max(g, s, frames)[s])(grid, segment)
+        place = (grid * (side - 1)).astype(jnp.float32) / jnp.maximum(last, 1)  # [B, P, 2]
+        cell = jnp.floor(place).astype(jnp.int32)
+        past = place - cell  # how far towards the next row and column
+        learned = jnp.zeros((), jnp.float32)
+        for corner in np.ndindex(2, 2):
+            row, column = jnp.moveaxis(jnp.minimum(cell + np.array(corner), side - 1), -1, 0)
+            share = jnp.where(np.array(corner) == 1, past, 1 - past).prod(-1, keepdims=True)
+            learned = learned + share * jnp.take(self.position, row * side + column, axis=0)
+        return learned
 
     def _angle(self, grid: Array) -> Array:
         """[B, P, E / 2]: the first half of the pairs turns with the row, the second alike with the
@@ -293,7 +324,7 @@ class QwenViT(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """Norm, then every block of patches concatenated into one token by an MLP with an exact GELU.
+    """Every block of patches concatenated into one token: a norm, then an MLP with an exact GELU.
 
     Attributes:
       vision_width: D of the tower.
@@ -301,6 +332,7 @@ class PatchMerger(nn.Module):
       block: patches per token.
       norm: as in the tower.
       norm_eps: epsilon of the norm.
+      norm_blocks: the norm is over whole blocks instead of single patches.
     """
 
     vision_width: int
@@ -308,6 +340,7 @@ class PatchMerger(nn.Module):
     block: int = 4
     norm: NormKind = "layer"
     norm_eps: float = 1e-6
+    norm_blocks: bool = False
 
     def setup(self) -> None:
         inner = self.vision_width * self.block
@@ -315,11 +348,14 @@ class PatchMerger(nn.Module):
         self.up = dense(inner, inner, bias=True)
         self.down = dense(inner, self.width, bias=True, axes=("mlp", "embed"))
 
-    def __call__(self, vision: Features) -> tuple[Array, Array]:
-        """Patches [B, P, D] to tokens [B, P / block, width] and whether each is real."""
-        x = self.in_norm(vision.tokens)
+    def __call__(self, x: Array) -> Array:
+        """Patches [B, P, D] to tokens [B, P / block, width]."""
+        if not self.norm_blocks:
+            x = self.in_norm(x)
         x = x.reshape(*x.shape[:-2], -1, self.block * self.vision_width)  # [B, P / block, block D]
-        return self.down(nn.gelu(self.up(x), approximate=False)), vision.mask[:, :: self.block]
+        if self.norm_blocks:
+            x = self.in_norm(x)
+        return self.down(nn.gelu(self.up(x), approximate=False))
 
 
 def patch_kernel(config: QwenViTConfig) -> Transform:
@@ -332,16 +368,22 @@ def patch_kernel(config: QwenViTConfig) -> Transform:
     return Transform("patch_kernel", lambda t, s: [t[0].reshape(s[0][::-1]).T], save)
 
 
-def tower_table(config: QwenViTConfig) -> Table:
-    """Keys of the tower under `visual.` in Qwen-VL checkpoints."""
+def tower_table(config: QwenViTConfig, *, up: str = "mlp.fc1", down: str = "mlp.fc2") -> Table:
+    """Keys of the tower under `visual.` in Qwen-VL checkpoints; `up` and `down` are what they call
+    the maps of MLPs without a gate.
+    """
     steps, layer, at = tuple(range(config.depth)), "blocks.{}.", "stack/layers/"
     rows = [Row("patch/kernel", "patch_embed.proj.weight", patch_kernel(config))]
+    if config.patch_bias:
+        rows.append(Row("patch/bias", "patch_embed.proj.bias"))
+    if config.table_side:
+        rows.append(Row("position", "pos_embed.weight"))
     for name, key in {"attn_norm": "norm1", "mlp_norm": "norm2"}.items():
         rows += _norm_rows(config.norm, f"{at}{name}", f"{layer}{key}", steps)
     for leaf, key, each in (("kernel", "weight", linear()), ("bias", "bias", flat)):
         paths = tuple(f"{at}{name}/{leaf}" for name in "qkv")
         rows.append(Row(paths, f"{layer}attn.qkv.{key}", split(3, each), steps))
-    maps = {"out": ("attn.proj", 2), "up": ("mlp.fc1", 1), "down": ("mlp.fc2", 1)}
+    maps = {"out": ("attn.proj", 2), "up": (up, 1), "down": (down, 1)}
     if config.gated:
         maps |= {name: (f"mlp.{name}_proj", 1) for name in ("gate", "up", "down")}
     for name, (key, num_in) in maps.items():
@@ -350,10 +392,12 @@ def tower_table(config: QwenViTConfig) -> Table:
     return Table(tuple(rows))
 
 
-def merger_table(config: QwenViTConfig) -> Table:
-    """Keys of the `PatchMerger` under `visual.merger.` in Qwen-VL checkpoints."""
-    rows = _norm_rows(config.norm, "in_norm", "ln_q", None)
-    for name, key in {"up": "mlp.0", "down": "mlp.2"}.items():
+def merger_table(
+    config: QwenViTConfig, *, norm: str = "ln_q", up: str = "mlp.0", down: str = "mlp.2"
+) -> Table:
+    """Keys of a `PatchMerger` in Qwen-VL checkpoints; the names are what they call its parts."""
+    rows = _norm_rows(config.norm, "in_norm", norm, None)
+    for name, key in {"up": up, "down": down}.items():
         rows.append(Row(f"{name}/kernel", f"{key}.weight", linear()))
         rows.append(Row(f"{name}/bias", f"{key}.bias"))
     return Table(tuple(rows))

@@ -7,14 +7,12 @@ arXiv:2111.06377, norms of whole queries and keys arXiv:2312.14238.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from zoo.models.core.errors import UsageError
-from zoo.models.core.hf import Fields
 from zoo.models.core.keytable import Row, Table, Transform, conv, flat, linear, split
 from zoo.models.core.tree import check_shape
 from zoo.models.core.types import Array, Features, Memory, Stream, Tokens, take
@@ -24,9 +22,10 @@ from zoo.models.parts.layers.block import Block
 from zoo.models.parts.layers.embed import PatchEmbed
 from zoo.models.parts.layers.linear import Proj, dense, table_init
 from zoo.models.parts.layers.norms import LayerNorm, NormKind, RMSNorm
+from zoo.models.parts.layers.plan import Step, layers
 from zoo.models.parts.layers.positions import sincos_2d
 from zoo.models.parts.layers.resize import resize_bicubic
-from zoo.models.parts.layers.stack import Stack, Step, layers
+from zoo.models.parts.layers.stack import Stack
 
 PositionResize = Literal["bicubic", "bicubic_antialias"]
 """How the position table meets another grid; both as `torch.nn.functional.interpolate` does."""
@@ -497,35 +496,3 @@ def embeddings_table(config: ViTConfig, names: Names, *, mask_axes: int = 2) -> 
     if config.final_norm:
         rows += norm_rows("final_norm", "layernorm")
     return Table(tuple(rows))
-
-
-def read_sizes(fields: Fields, *, patch_size: int = 16, norm_eps: float) -> dict[str, Any]:
-    """Fields of `ViTConfig` from those that the Hugging Face ViTs of `embeddings_table` share.
-
-    Args:
-      fields: of the `config.json`.
-      patch_size: the default.
-      norm_eps: the default.
-
-    Raises:
-      UsageError: images or patches that are no squares, or that have other than three channels.
-    """
-    fields.want("num_channels", 3)
-    return {
-        "image_size": _side(fields, "image_size", 224),
-        "patch_size": _side(fields, "patch_size", patch_size),
-        "width": fields.take("hidden_size", 768),
-        "depth": fields.take("num_hidden_layers", 12),
-        "num_heads": fields.take("num_attention_heads", 12),
-        "activation": fields.want("hidden_act", "gelu"),
-        "norm_eps": fields.take("layer_norm_eps", norm_eps),
-        "qkv_bias": fields.take("qkv_bias", True),
-    }
-
-
-def _side(fields: Fields, key: str, default: int) -> int:
-    value = fields.take(key, default)
-    sides = value if isinstance(value, tuple) else (value,)
-    if len(set(sides)) > 1:
-        raise UsageError(f"{fields.name}: {key} is {value}; this tower takes squares only")
-    return int(sides[0])
