@@ -94,7 +94,7 @@ def test_loops_and_branches():
 def test_the_command(capsys):
     assert main(["mqt_tiny", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert set(facts["flops"]) == {"encode", "prefill", "decode_step"}
+    assert set(facts["flops"]) == {"encode", "prefill", "head", "decode_step"}
     assert set(facts["flops"]["prefill"]) == {"weights", "total"}
     assert main(["mqt_tiny", "--budget", "2", "--text-tokens", "5"]) == 0
     assert "2 vision tokens" in capsys.readouterr().out

@@ -28,12 +28,23 @@ MODEL, WORK = None, "run"
 
 import tests.live.reference  # declares what a torchvision for the CPU lacks
 """,
+    "05_deepstack.ipynb": """
+STEPS, PICTURES, VALIDATION_PICTURES, OUT = 2, 16, 2, "run"
+
+from dataclasses import replace
+from zoo.configs import digits_vqa, digits_vqa_tiny
+
+tiny = digits_vqa_tiny.config()
+tiny = replace(tiny, eval_examples=0, model=digits_vqa.config().model)
+digits_vqa.config = lambda: tiny
+""",
 }
 """What stands in the cell with parameters when the tests run it."""
 
 PICTURES = {
     "01_quickstart.ipynb": [True, True, False],
     "02_convert_and_generate.ipynb": [False],
+    "05_deepstack.ipynb": [True, True, True],
 }
 """Of the pictures that each shows, whether they are wide."""
 

@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 ELSEWHERE = {
     "quickstart": ("zoo.train.quickstart", "train a small model on real scans and show it"),
     "train": ("zoo.train.cli", "train by a configuration"),
+    "plan": ("zoo.train.plan.cli", "tell what a step needs on devices that are not there"),
     "convert": ("zoo.convert.cli.convert", "turn a Hugging Face checkpoint into a folder of ours"),
     "export": ("zoo.convert.cli.export", "turn a converted model back into what it was"),
     "verify": ("zoo.convert.cli.verify", "compare a checkpoint with the original code"),
     "cost": ("zoo.costing", "count parameters, FLOPs, caches and memory by shapes alone"),
+    "arank": ("zoo.train.arank", "rank the attention of layers: which may skip tokens"),
     "generate": ("zoo.generate.cli", "answer a question, about pictures or not"),
 }
 """Commands with a `main(argv) -> int` of their own, and the modules where it is."""

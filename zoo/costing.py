@@ -20,12 +20,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from zoo.models.core import registry
 from zoo.models.core.config import ModelConfig, with_dtype
 from zoo.models.core.errors import UsageError
 from zoo.models.core.tree import size_by_part
-from zoo.models.core.types import Batch, Tokens
+from zoo.models.core.types import Batch, Reserve, Tokens
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,10 @@ class Cost:
       params: number of parameters by part, and `total`.
       flops: of `encode` (pictures to decoder tokens), `prefill` (the decoder over the whole prompt,
         with logits at every position, as published tables have it; generating computes those of the
-        last one only) and `decode_step` (one more token after that prompt).
-      kv_bytes: of the keys and values that each layer keeps after the prefill, and their sum.
+        last one only), of which these logits are `head`, and `decode_step` (one more token after
+        that prompt).
+      kv_bytes: of the keys and values that each layer keeps after the prefill, and their sum: those
+        of a policy's layer are only those that it keeps.
       weight_bytes: of all parameters.
       activation_bytes: the most that the intermediate results of encoding and prefill take at a
         time if the compiler fuses nothing: an upper bound.
@@ -139,21 +142,25 @@ def _count(
     shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), inputs))["params"]
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
 
-    def run(params: Any, *args: Any, method: str, **options: Any) -> Any:
+    def run(params: Any, *args: Any, method: Any, **options: Any) -> Any:
         return module.apply({"params": params}, *args, method=method, **options)
 
-    def forward(params: Any, inputs: Batch) -> jax.Array:
-        hidden = module.apply({"params": params}, inputs, budget=budget).hidden
-        return run(params, hidden, method="head")
+    def read(module: Any, inputs: Batch) -> tuple[jax.Array, Any]:
+        """The final hidden states of a prompt, and what the layers keep of it."""
+        stream, memory = module.stream(inputs, budget)
+        stream, states, _ = module.decoder.run(stream, Reserve(0), memory)
+        return stream.hidden, states
 
     stream = functools.partial(run, method="stream", budget=budget)
     prefill = functools.partial(run, method="prefill", budget=budget)
     encode, _, (embedded, _) = _traced(stream, params, inputs)
     slots = embedded.slots
     encode = encode if slots else Flops()
-    whole, _ = measure(forward, params, inputs)
-    _, activations, (_, exact) = _traced(functools.partial(prefill, room=0), params, inputs)
-    per_layer = list(layer_bytes(exact.states))
+    whole, activations, (hidden, kept) = _traced(
+        functools.partial(run, method=read), params, inputs
+    )
+    head, _ = measure(functools.partial(run, method="head"), params, hidden)
+    per_layer = list(layer_bytes(kept))
     _, cache = jax.eval_shape(functools.partial(prefill, room=1), params, inputs)
     token = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
     step, _ = measure(functools.partial(run, method="decode"), params, token, cache)
@@ -163,7 +170,12 @@ def _count(
         text_tokens=text_tokens,
         vision_tokens=slots,
         params=size_by_part(shapes),
-        flops={"encode": encode, "prefill": whole - encode, "decode_step": step},
+        flops={
+            "encode": encode,
+            "prefill": whole - encode + head,
+            "head": head,
+            "decode_step": step,
+        },
         kv_bytes={"per_layer": per_layer, "total": sum(per_layer)},
         weight_bytes=sum(leaf.size * dtype.itemsize for leaf in jax.tree.leaves(shapes)),
         activation_bytes=activations,
@@ -305,6 +317,13 @@ def measure(function: Any, params: Any, *args: Any) -> tuple[Flops, int]:
       *args: arrays or shapes.
     """
     return _traced(function, params, *args)[:2]
+
+
+def program_flops(program: ClosedJaxpr) -> int:
+    """FLOPs of a traced program, without those that none of its results needs."""
+    needed = [True] * len(program.jaxpr.outvars)
+    jaxpr, _ = dce_jaxpr(program.jaxpr, needed, instantiate=True)
+    return _walk(jaxpr, [False] * len(jaxpr.invars))[1].total
 
 
 def _traced(function: Any, params: Any, *args: Any) -> tuple[Flops, int, Any]:

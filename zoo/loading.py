@@ -21,14 +21,17 @@ from zoo.convert.place import (
     abstract_params,
     as_float,
     flat_paths,
+    nested,
     place,
     shardings_of,
 )
 from zoo.convert.safetensors import read_safetensors
+from zoo.convert.transfer import plan_transfer
 from zoo.loaded import Loaded
 from zoo.models.core.config import ModelConfig, with_dtype
-from zoo.models.core.errors import ZooError
+from zoo.models.core.errors import UsageError, ZooError
 from zoo.models.core.keytable import Piece
+from zoo.models.core.registry import override
 from zoo.processors.vlm import Processor
 from zoo.saving import CONFIG, MODEL, PARAMS, SOURCE, TENSORS, read_description
 from zoo.whole import MANIFEST
@@ -44,8 +47,23 @@ _PROCESSING = (
 """A checkpoint with none of these files comes without a processor."""
 
 
-def load(source: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> Loaded:
-    """Load a model.
+def load(
+    source: str | Path,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    *,
+    seed: int = 0,
+    **overrides: Any,
+) -> Loaded:
+    """Load a model, or its weights into another one.
+
+        zoo.load("llava-hf/llava-1.5-7b-hf", connector=MQT(), policies=(PMoD(),))
+
+    With settings that differ from the checkpoint's, every parameter of the checkpoint still goes
+    where it belongs. What a policy adds, and a part whose configuration is of another class, starts
+    as the module's own initialisation makes it; `about` then lists these parameters under "new",
+    and those of the checkpoint that have no place any more under "unused". A difference anywhere
+    else, such as another depth, is an error.
 
     Args:
       source: the folder of a training run, of what `zoo convert` has made, or of a Hugging Face
@@ -57,26 +75,33 @@ def load(source: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> Loa
         `zoo.models.parts.layers.stack.restack` makes arrays of them.
       dtype: "float32", "bfloat16" or "float16", of parameters and computation. By default
         parameters keep the dtype that they are stored in, and what is computed from them is
-        float32.
+        float32. New parameters are float32 by default.
+      seed: of new parameters.
+      **overrides: settings of the model, as `zoo.create` takes them.
 
     Raises:
       UsageError: a dtype that is none of these; an architecture or a setting that is not
-        understood.
+        understood; settings that the checkpoint's parameters do not fit.
       ZooError: there is no model (of an unfinished training, with how far it is), or it is damaged,
         of another version, or not the one that its configuration describes.
     """
     target = as_float(dtype)
     folder = _find(folder_of(source))
     theirs = open_checkpoint(folder) if is_checkpoint(folder) else None
+    about: dict[str, Any]
     if theirs is not None:
         config, about = theirs.config, {"source": str(source), "base": theirs.base.slug}
     else:
         description = read_description(folder)
         config, about = description.config, description.about
+    stored = config
+    try:
+        config = override(config, overrides, str(source))
+    except ValueError as error:
+        raise UsageError(f"{source}: {error}") from error
     if target is not None:
-        config = with_dtype(config, target.name)
-    boxed = abstract_params(config)
-    shardings = shardings_of(boxed, mesh)
+        stored, config = (with_dtype(each, target.name) for each in (stored, config))
+    boxed = abstract_params(stored)
     if theirs is not None:
         pieces = theirs.pieces()
     elif (folder / TENSORS).is_file():
@@ -85,13 +110,21 @@ def load(source: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> Loa
         pieces = _saved(folder, boxed)
     # Where cutting a row out of a stacked parameter would copy it.
     apart = mesh is None and jax.default_backend() == "cpu"
-    params = place(pieces, shardings, target, apart=apart)
+    if config == stored:
+        params = place(pieces, shardings_of(boxed, mesh), target, apart=apart)
+    else:
+        plan = plan_transfer(stored, config, source)
+        shardings = shardings_of(plan.boxed, mesh)
+        params = place(plan.carried(pieces), shardings, target, apart=apart)
+        fresh = plan.fresh(seed, shardings, target)
+        params = nested(flat_paths(params) | fresh)
+        about = {**about, "new": sorted(fresh), "unused": sorted(plan.unused)}
     return Loaded(folder, config, config.build(), params, _processor(folder, config), about)
 
 
 def _processor(folder: Path, config: ModelConfig) -> Any:
     """The processor that belongs to the model; None where its files are not there."""
-    if (folder / PARAMS).is_file():
+    if (folder / "processor.json").is_file():
         return Processor.load(folder)
     source = folder / SOURCE if (folder / SOURCE).is_dir() else folder
     if not any((source / name).is_file() for name in _PROCESSING):

@@ -45,7 +45,7 @@ def read(fields: Fields) -> QwenVLConfig:
     )
     tokens, pace = vision.take("out_hidden_size", 3584), vision.take("tokens_per_second", 4)
     vision.done()
-    return read_qwen_vl(fields, tower, tokens, float(pace))
+    return read_qwen_vl(fields, tower, tokens, tokens_per_second=float(pace))
 
 
 # Sizes: config.json of Qwen/Qwen2.5-VL-{7B,3B,32B,72B}-Instruct.

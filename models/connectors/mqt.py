@@ -22,7 +22,7 @@ from zoo.models.core.registry import register
 from zoo.models.core.types import Array, Features, TokenSet, Visual
 from zoo.models.parts.assemblies.llava import LlavaConfig, llava_table
 from zoo.models.parts.decoders.gqa import DecoderConfig
-from zoo.models.parts.layers.linear import Proj
+from zoo.models.parts.layers.linear import Proj, uniform
 from zoo.models.parts.layers.norms import LayerNorm
 from zoo.models.parts.layers.positions import sincos_2d
 from zoo.models.parts.layers.resize import resize_bicubic
@@ -102,7 +102,7 @@ class QueryTransformer(nn.Module):
         self.q_norm, self.k_norm, self.v_norm = (LayerNorm(c.norm_eps) for _ in range(3))
         heads = ("embed", "heads", "head_dim")
         # The official projections are one fused matrix, whose Xavier bound counts 3 d outputs.
-        fused = _uniform(math.sqrt(6 / (d + 3 * d)))
+        fused = uniform(math.sqrt(6 / (d + 3 * d)))
         self.q, self.k, self.v = (
             Proj("...d,dhe->...he", (d, h, e), heads, bias=True, init=fused) for _ in range(3)
         )
@@ -147,12 +147,6 @@ class QueryTransformer(nn.Module):
             seen = jnp.arange(most) < budget.reshape(-1, 1, 1)  # [B or 1, 1, Q]
             mask = jnp.broadcast_to(seen, tokens.shape[:-1])
         return Visual(TokenSet(tokens, mask))
-
-
-def _uniform(bound: float) -> nn.initializers.Initializer:
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
-        key, shape, dtype, -bound, bound
-    )
 
 
 VARIANTS = {

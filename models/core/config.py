@@ -35,14 +35,19 @@ def with_dtype(config: C, dtype: str) -> C:
       config: a frozen dataclass.
       dtype: a name that NumPy knows with ml_dtypes, such as "float32" or "bfloat16".
     """
+    return with_field(config, "dtype", dtype)
 
-    def change(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(change(item) for item in value)
-        if not dataclasses.is_dataclass(value) or isinstance(value, type):
-            return value
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-        new = {n: dtype if n == "dtype" else change(old) for n, old in fields.items()}
-        return dataclasses.replace(value, **{n: v for n, v in new.items() if v is not fields[n]})
+
+def with_field(config: C, name: str, value: Any) -> C:
+    """The same configuration with `value` in every field called `name`, however deep."""
+
+    def change(item: Any) -> Any:
+        if isinstance(item, tuple):
+            return tuple(change(each) for each in item)
+        if not dataclasses.is_dataclass(item) or isinstance(item, type):
+            return item
+        fields = {f.name: getattr(item, f.name) for f in dataclasses.fields(item) if f.init}
+        new = {n: value if n == name else change(old) for n, old in fields.items()}
+        return dataclasses.replace(item, **{n: v for n, v in new.items() if v is not fields[n]})
 
     return change(config)

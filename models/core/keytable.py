@@ -83,6 +83,22 @@ def split(parts: int, each: Transform) -> Transform:
     )
 
 
+def repeated(times: int, each: Transform) -> Transform:
+    """Their `times` tensors are all the same one; ours, by `each`, is one of them."""
+
+    def load(theirs: Sequence[np.ndarray], shapes: Sequence[Shape]) -> Sequence[np.ndarray]:
+        differing = [i for i in range(1, times) if not np.array_equal(theirs[i], theirs[0])]
+        if differing:
+            raise ZooError(
+                f"{len(differing)} of {times} tensors differ from the first, and this model has "
+                "one for all of them: the checkpoint belongs to another architecture"
+            )
+        return each.load(theirs[:1], shapes)
+
+    name = f"repeated({times}, {each.name})"
+    return Transform(name, load, lambda ours: list(each.save(ours)) * times)
+
+
 @dataclass(frozen=True)
 class Row:
     """Ties `paths` of ours to `keys` of theirs.
@@ -91,13 +107,14 @@ class Row:
       paths: one path, or several.
       keys: one key, or several; with `steps`, each has a `{}`.
       transform: between them.
-      steps: step number of every row of our stacked leaves; None for leaves that are not stacked.
+      steps: step number of every row of our stacked leaves, or what the keys have in its place;
+        None for leaves that are not stacked.
     """
 
     paths: str | tuple[str, ...]
     keys: str | tuple[str, ...]
     transform: Transform = same
-    steps: tuple[int, ...] | None = None
+    steps: tuple[int | str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ A *batch* is a flat mapping of reserved names to arrays; a model reads those tha
     pixels     [B, M, H, W, C] float32, normalised: M images or tiles of images, in the order of
                their placeholders, zeros where a row has fewer; absent for text only. Classifiers
                and dual encoders take [B, H, W, C]
+    crops      [B, M, V, H, W, 3] float32, V crops of each image, row by row, for models that see more
+               of a picture than the whole; zeros where there are fewer
+    view_grid  [B, M, 2] int32, rows and columns of these crops. Absent: a square
     ids        [B, T] int32, one placeholder id per image, the same number I of them in every row:
                unused ones stand in the padding, `text_mask` False
     sizes      [B, I] int32, how many vision tokens take the place of each placeholder; absent where
@@ -29,7 +32,9 @@ A *batch* is a flat mapping of reserved names to arrays; a model reads those tha
     text_mask  [B, T] bool, False on padding
     segments   [B, T] int32: 0 is seen by all that comes after it, every other number only by its
                own kind, so that several questions about one picture stand side by side without
-               seeing each other. Absent: all 0
+               seeing each other. A row of several examples has `EXAMPLE` numbers for each of them:
+               the n-th, counted from 0, adds n `EXAMPLE`, and sees nothing of the others.
+               Absent: all 0
 """
 
 from collections.abc import Mapping
@@ -43,8 +48,15 @@ Array = jax.Array
 Batch = Mapping[str, Array]
 Memory = Mapping[str, Any]
 """Read-only arrays per example (taps, vision keys, low-rank weights), addressed by tags."""
+
+OF_SLOTS = frozenset({"taps"})
+"""What only vision tokens read of the memory, and decoding, which has none, does not keep."""
+
 Aux = dict[str, Array]
 """What one decoder step reports: losses, kept counts."""
+
+EXAMPLE = 1024
+"""How many numbers of `segments` each example of a row has; the first is what all of it sees."""
 
 IGNORE = -100
 """The label of a token that teaches nothing."""
@@ -83,21 +95,31 @@ class Tokens:
     def sequence(cls, valid: Array, **tags: Array) -> "Tokens":
         """Text tokens in reading order, valid where `valid` [B, L].
 
-        Positions count the valid tokens; with a tag `segment`, those of segment 0 before it and of
-        its own.
+        Positions count the valid tokens; with a tag `segment`, those of its own segment and of the
+        first one of its example.
         """
         order = jnp.broadcast_to(jnp.arange(valid.shape[1], dtype=jnp.int32), valid.shape)
         count = jnp.cumsum(valid, -1)
         if "segment" in tags:
             segment = tags["segment"]
-            first = jnp.diff(segment, axis=-1, prepend=segment[:, :1]) != 0
-            before = jax.lax.cummax(
-                jnp.where(first, count - valid, 0), axis=1
-            )  # valid before the segment
-            shared = (valid & (segment == 0)).sum(-1, keepdims=True)
-            count = jnp.where(segment == 0, count, shared + count - before)
+            common = segment == shared(segment)
+            seen = jnp.cumsum(valid & common, -1)  # of what all of an example see
+            seen -= _before(seen - (valid & common), segment // EXAMPLE)
+            own = count - _before(count - valid, segment)
+            count = jnp.where(common, seen, seen + own)
         position = jnp.maximum(count - 1, 0).astype(jnp.float32)
         return cls(position, order, jnp.zeros_like(order), valid, dict(tags))
+
+
+def shared(segment: Array) -> Array:
+    """The segment that all of an example see, for the `segment` of any of its tokens."""
+    return segment - segment % EXAMPLE
+
+
+def _before(count: Array, group: Array) -> Array:
+    """Running counts [B, L] as they were where the present run of equal `group` [B, L] began."""
+    first = jnp.diff(group, axis=-1, prepend=group[:, :1]) != 0
+    return jax.lax.cummax(jnp.where(first, count, 0), axis=1)
 
 
 @struct.dataclass

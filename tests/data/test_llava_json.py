@@ -35,9 +35,11 @@ def mine(tmp_path):
         folder = tmp_path / "pictures"
         folder.mkdir(exist_ok=True)
         for entry in records:
-            name = entry.get("image") if isinstance(entry, dict) else None
-            if isinstance(name, str):
-                Image.new("RGB", (20, 10), (len(name), 0, 0)).save(folder / name)
+            named = entry.get("image") if isinstance(entry, dict) else None
+            for name in named if isinstance(named, list) else [named]:
+                if isinstance(name, str):
+                    shade = int(name.removesuffix(".png"))
+                    Image.new("RGB", (20, 10), (shade, 0, 0)).save(folder / name)
         file = tmp_path / "conversations.json"
         file.write_text(json.dumps(records))
         return LlavaJson(json=str(file), images=str(folder), **options)
@@ -45,8 +47,9 @@ def mine(tmp_path):
     return make
 
 
-def processor(data: LlavaJson) -> Processor:
-    return Processor(ImageProcessor(8), Tokenizer.train(data.texts()), max_length=48)
+def processor(data: LlavaJson, **options) -> Processor:
+    image = ImageProcessor(8, (0, 0, 0), (1 / 255,) * 3)
+    return Processor(image, Tokenizer.train(data.texts()), max_length=48, **options)
 
 
 def test_one_line_of_configuration_gives_batches(mine, tmp_path):
@@ -74,6 +77,52 @@ def test_the_mark_of_the_picture_is_taken_out_of_the_text(mine, tmp_path):
     assert list(data.texts())[:2] == ["Which number is this?\n7", "It is 7."]
 
 
+def test_several_pictures_stand_at_their_marks(mine, tmp_path):
+    turns = said("First <image>, then\n<image>", "Yes.", "<image>", "And this.")
+    unmarked = said("What are these?", "Two boats.")
+    records = [
+        record(0, image=["10.png", "20.png", "30.png"], conversations=turns),
+        record(1, image=["40.png", "50.png"], conversations=unmarked),
+        record(2),
+    ]
+    data = mine(records, validation=0.0)
+    maker, source = processor(data, num_images=3), data.source("train", tmp_path)
+    token, encode = maker.tokenizer, maker.tokenizer.encode
+
+    several = maker.encode(source[0])
+    expected = [token.bos, token.user, *encode(" First"), token.image, *encode(" , then")]
+    expected += [token.image, token.assistant, *encode(" Yes."), token.eos]
+    expected += [token.user, token.image, token.assistant, *encode(" And this."), token.eos]
+    assert several["ids"][several["text_mask"]].tolist() == expected
+    np.testing.assert_allclose(several["pixels"].max((1, 2, 3)), [10, 20, 30], atol=2)
+
+    first = maker.encode(source[1])
+    assert first["ids"][:3].tolist() == [token.bos, token.image, token.image]
+    np.testing.assert_allclose(first["pixels"].max((1, 2, 3)), [40, 50, 0], atol=2)
+    place = int(first["text_mask"].sum())
+    assert first["ids"][place] == token.image  # the one without a picture, in the padding
+    examples = [first, several, maker.encode(source[2])]
+    assert all((example["ids"] == token.image).sum() == 3 for example in examples)
+    assert np.stack([example["pixels"] for example in examples]).shape == (3, 3, 8, 8, 3)
+
+
+def test_too_many_pictures_are_a_bad_record(mine, tmp_path):
+    several = record(3, image=["1.png", "2.png"], conversations=said("<image> <image>?", "x"))
+    data = mine([several, *map(record, range(4, 9))], validation=0.0)
+    batches = iter(Pipeline(data, processor(data), 6, data_dir=tmp_path, max_bad_share=0.2))
+    next(batches)
+    assert "there are 2 pictures and the model takes 1" in str(batches.bad)
+
+
+def test_questions_about_several_pictures_are_asked(mine, tmp_path):
+    several = record(3, image=["1.png", "2.png"], conversations=said("<image> <image>?", "x"))
+    data = mine([several] * 3, validation=0.0)
+    asked = Questions(data, processor(data, num_images=2), 4, tmp_path, split="train")
+    (batch,) = asked
+    assert batch.valid.sum() == 3
+    assert batch.batch["pixels"].shape == (4, 2, 8, 8, 3)
+
+
 def test_validation_keeps_whole_pictures_apart_and_the_same_ones(mine, tmp_path):
     records = [record(i % 30, id=str(i)) for i in range(90)]
     data = mine(records, validation=0.2)
@@ -93,9 +142,11 @@ def test_validation_keeps_whole_pictures_apart_and_the_same_ones(mine, tmp_path)
     [
         (record(1, conversations=None), "`conversations` is no list"),
         (record(1, conversations=said("What? <image>")), "in alternation"),
-        (record(1, conversations=said("<image> <image>?", "x")), "2 <image> marks"),
-        (record(1, image=None), "1 <image> marks"),
-        (record(1, image=["1.png", "2.png"]), "want one file name"),
+        (record(1, conversations=said("<image> <image>?", "x")), "2 <image> marks for 1 pictures"),
+        (record(1, image=None), "1 <image> marks for 0 pictures"),
+        (record(1, image=["1.png", "2.png"]), "1 <image> marks for 2 pictures"),
+        (record(1, image=["1.png", 2]), "want a file name or a list of them"),
+        (record(1, image={"bytes": ""}), "want a file name or a list of them"),
         (record(1, conversations=[{"from": "gpt", "value": "x"}] * 2), "want one with `from`"),
         (record(1, conversations=[{"from": "human"}, {"from": "gpt"}]), "a `value`"),
         ({"id": "1"}, "`conversations` is no list"),
@@ -177,5 +228,5 @@ def test_16_bit_pictures_are_handled(mine, tmp_path):
     grey = Image.fromarray(np.array([[0], [65535]], np.uint16).repeat(20, 0).repeat(40, 1))
     grey.save(tmp_path / "pictures" / "0.png")
     batch = next(iter(Pipeline(data, processor(data), batch_size=2, data_dir=tmp_path)))
-    assert batch["pixels"].max() > 0.8
-    assert batch["pixels"].min() < -0.8
+    assert batch["pixels"].max() > 230
+    assert batch["pixels"].min() < 25

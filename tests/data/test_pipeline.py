@@ -1,77 +1,22 @@
 """Batches: every record once an epoch, the same after a restart, bad ones left out and counted."""
 
 import dataclasses
-import itertools
 import json
-from dataclasses import dataclass
-from typing import Any
 
 import grain
 import numpy as np
 import pytest
 
+from tests.data.numbered import SIZE, Numbers, number_processor, numbers, records, same, take
 from zoo.models.core.errors import UsageError, ZooError
 from zoo.processors import ImageProcessor, Processor, Tokenizer
 from zoo.train.data.pipeline import Pipeline, Questions
-from zoo.train.data.sources import DataConfig, DigitsVQA
-
-SIZE = 4
-
-
-@dataclass(frozen=True)
-class Numbers(DataConfig):
-    """Record i asks for i, with as many turns as i % 3 + 1. Those in `bad` cannot be read."""
-
-    records: int = 20
-    bad: tuple[int, ...] = ()
-    error: type[Exception] = ZooError
-
-    def source(self, split: str, data_dir: Any) -> "Numbers":
-        return self
-
-    def texts(self):
-        return map(str, range(self.records))
-
-    def __len__(self) -> int:
-        return self.records
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if index in self.bad:
-            raise self.error(f"record {index} is bad")
-        turns = index % 3 + 1
-        return {
-            "id": f"n{index}",
-            "image": np.full((SIZE, SIZE, 3), index, np.uint8),
-            "conversations": ((f"what {index}?", str(index)),) * turns,
-            "kinds": ("number",) * turns,
-        }
+from zoo.train.data.sources import DigitsVQA
 
 
 @pytest.fixture(scope="module")
 def processor():
-    tokenizer = Tokenizer.train(Numbers(200).texts())
-    return Processor(ImageProcessor(SIZE, (0, 0, 0), (1 / 255,) * 3), tokenizer, max_length=64)
-
-
-def numbers(batch) -> list[int]:
-    """Which records a batch is made of."""
-    return [round(float(row.mean())) for row in batch["pixels"]]
-
-
-def records(batches, count: int) -> list[int]:
-    """Which records the next batches are made of."""
-    return [number for batch in take(batches, count) for number in numbers(batch)]
-
-
-def take(batches, count: int) -> list:
-    return list(itertools.islice(batches, count))
-
-
-def same(one, other) -> bool:
-    return len(one) == len(other) and all(
-        set(a) == set(b) and all(np.array_equal(a[name], b[name]) for name in a)
-        for a, b in zip(one, other, strict=True)
-    )
+    return number_processor()
 
 
 def test_batches_have_the_promised_shapes(processor):

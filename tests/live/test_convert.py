@@ -143,7 +143,7 @@ def test_verify_finds_what_differs(tmp_path, capsys):
     assert "DIFFERS from LlamaForCausalLM" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl", "qwen3_vl"])
 def test_verify_with_a_picture(tmp_path, kind):
     processor, _ = tiny_processors.FAMILIES[kind](tmp_path)
     config, model = (getattr(transformers, name) for name in end_to_end.CLASSES[kind])

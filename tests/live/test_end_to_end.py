@@ -21,15 +21,23 @@ INTERN = {**family.INTERN, "image_size": [28, 28], "patch_size": [14, 14]}
 NATIVE = {"depth": 2, "num_heads": 2, "hidden_size": 16, "intermediate_size": 16}
 NATIVE |= {"out_hidden_size": 24, "window_size": 56, "fullatt_block_indexes": [1]}
 ROPE = {"rope_type": "default", "mrope_section": [1, 1, 1], "rope_theta": 1e4}
+LEVELS = {"depth": 2, "num_heads": 2, "hidden_size": 16, "intermediate_size": 16}
+LEVELS |= {"out_hidden_size": 24, "num_position_embeddings": 9, "deepstack_visual_indexes": [0]}
 MODELS = {
     "llava": {"vision_config": CLIP, "text_config": TEXT},
     "llava_onevision": {"vision_config": SIGLIP, "text_config": QWEN},
     "internvl": {"vision_config": INTERN, "text_config": QWEN},
     "qwen2_5_vl": {"vision_config": NATIVE, "text_config": {**QWEN, "rope_parameters": ROPE}},
+    "qwen3_vl": {
+        "vision_config": LEVELS,
+        "text_config": {**TEXT, "model_type": "qwen3_vl_text", "head_dim": 6}
+        | {"rope_parameters": {**ROPE, "mrope_interleaved": True}},
+    },
 }
 CLASSES = {
     **family.CLASSES,
     "qwen2_5_vl": ("Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration"),
+    "qwen3_vl": ("Qwen3VLConfig", "Qwen3VLForConditionalGeneration"),
 }
 
 

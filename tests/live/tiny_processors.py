@@ -329,9 +329,29 @@ def qwen2_5_vl(folder: Path):
     return qwen2_vl(folder, window_size=56)
 
 
+def qwen3_vl(folder: Path):
+    """Qwen3-VL: pictures of at most 64 x 96 pixels."""
+    theirs = transformers.Qwen3VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessorPil(
+            size={"shortest_edge": 32 * 32, "longest_edge": 64 * 96},
+            patch_size=16,
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+        ),
+        tokenizer=qwen_tokenizer(image_token="<|image_pad|>", video_token="<|video_pad|>"),
+        video_processor=transformers.Qwen3VLVideoProcessor(),
+        chat_template=_CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
+    )
+    theirs.save_pretrained(folder)
+    write_json(folder / "config.json", model_type="qwen3_vl")
+    small = QwenViTConfig(patch_size=16, width=16, depth=1, num_heads=2, mlp_dim=8)
+    ids = {"image_id": theirs.image_token_id, "video_id": theirs.video_token_id}
+    return theirs, QwenVLConfig(small, _DECODER, **ids, time_in_text=True, image_size=64)
+
+
 FAMILIES = {
     make.__name__: make
-    for make in (llava, llava_next, llava_onevision, internvl, qwen2_vl, qwen2_5_vl)
+    for make in (llava, llava_next, llava_onevision, internvl, qwen2_vl, qwen2_5_vl, qwen3_vl)
 }
 
 

@@ -183,3 +183,39 @@ def test_processing_needs_neither_jax_nor_training():
         "sys.exit(bool({'jax', 'flax', 'torch', 'tensorflow', 'grain'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# A closer look.
+
+
+@pytest.mark.parametrize("fit", ["pad", "squash", "crop"])
+def test_crops_put_together_are_the_picture_seen_whole(fit):
+    """Whatever `fit` makes of a picture is cut, so that crops and whole show the same."""
+    picture = np.zeros((60, 120, 3), np.uint8)
+    picture[:, :60], picture[20:40, 30:90] = (200, 0, 0), (0, 250, 0)
+    image = ImageProcessor(30, **RAW, resize="box", fit=fit)
+    crops, (rows, columns) = image.closer(picture, crops=4)
+    assert (rows, columns) == ((1, 2) if fit == "squash" else (2, 2))
+    assert crops.shape == (rows * columns, 30, 30, 3) and crops.dtype == np.float32
+    large = crops.reshape(rows, columns, 30, 30, 3).swapaxes(1, 2).reshape(rows * 30, -1, 3)
+    small = large.reshape(30, rows, 30, columns, 3).mean((1, 3))
+    np.testing.assert_allclose(small, image(picture), atol=0.005)
+
+
+def test_a_processor_with_crops(processor, tmp_path):
+    """Crops and their grid stand beside the pixels, for several pictures too, and are saved."""
+    closer = dataclasses.replace(processor, num_images=2, crops=4)
+    wide = np.random.default_rng(0).integers(0, 256, (16, 64, 3), np.uint8)
+    record = {"image": (WIDE, wide), "conversations": [("what is this?", "a boat")]}
+    example = closer.encode(record)
+    assert example["crops"].shape == (2, 4, 16, 16, 3)
+    assert example["view_grid"].tolist() == [[2, 2], [2, 2]]
+    parts, grid = closer.image.closer(wide, crops=4)
+    assert example["view_grid"][1].tolist() == list(grid)
+    np.testing.assert_array_equal(example["crops"][1, : len(parts)], parts)
+    blind = closer.encode({**record, "image": None})
+    assert {k: v.shape for k, v in blind.items()} == {k: v.shape for k, v in example.items()}
+    assert (blind["crops"] == 0).all()
+    closer.save(tmp_path)
+    assert Processor.load(tmp_path).crops == 4
+    assert "crops" not in processor.encode({**record, "image": wide})

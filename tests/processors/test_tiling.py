@@ -1,10 +1,16 @@
 """Tiles of pictures and the order of their tokens, by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from zoo.models.parts.connect.crops import Crops
 from zoo.processors import tiling
+from zoo.processors.pixels import Pipeline, ShortestEdge
 from zoo.processors.tiling import NEWLINE
+from zoo.processors.views import Single
+from zoo.processors.vision import TileVision
 
 NEXT = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
 
@@ -105,3 +111,57 @@ def test_stacking_and_padding():
     prompts = tiling.pad_prompts([[9, 5, 9, 6], [5, 9], [7]], image_id=9, pad_id=0)
     np.testing.assert_array_equal(prompts["ids"], [[9, 5, 9, 6], [5, 9, 9, 0], [7, 9, 9, 0]])
     np.testing.assert_array_equal(prompts["text_mask"].sum(-1), [4, 2, 1])
+
+
+@pytest.mark.parametrize(
+    ("size", "crops", "grid"),
+    [
+        ((1000, 1000), 4, (2, 2)),
+        ((400, 1400), 4, (1, 4)),
+        ((1400, 400), 4, (4, 1)),
+        ((700, 1000), 4, (2, 2)),
+        ((500, 1000), 3, (1, 2)),
+        ((500, 1500), 3, (1, 3)),
+        ((1000, 1000), 2, (2, 1)),  # of equals the one of fewer columns
+        ((100, 100), 4, (2, 1)),  # the least that does not waste its few pixels
+    ],
+)
+def test_crop_grid(size, crops, grid):
+    assert tiling.crop_grid(size, tile=336, crops=crops) == grid
+
+
+def test_crops_are_cut_row_by_row_and_stacked():
+    picture = np.arange(4 * 6).reshape(4, 6, 1)
+    crops = tiling.cut(picture, (2, 3))
+    assert crops.shape == (6, 2, 2, 1)
+    assert crops[1, ..., 0].tolist() == [[2, 3], [8, 9]]
+    assert crops[3, ..., 0].tolist() == [[12, 13], [18, 19]]
+    batch = tiling.stack_crops([[(crops[:2], (1, 2))], []], crops=4, num_images=2)
+    assert batch["crops"].shape == (2, 2, 4, 2, 2, 1)
+    assert batch["view_grid"].tolist() == [[[1, 2], [1, 1]], [[1, 1], [1, 1]]]
+    np.testing.assert_array_equal(batch["crops"][0, 0, :2], crops[:2])
+    assert (batch["crops"][0, 0, 2:] == 0).all() and (batch["crops"][:, 1] == 0).all()
+    assert tiling.crop_grid((9, 1), tile=2, crops=9, square=True) == (3, 3)
+    for wrong in ({"crops": 1}, {"crops": 3, "square": True}):
+        with pytest.raises(ValueError, match="want"):
+            tiling.crop_grid((9, 9), tile=2, **wrong)
+
+
+def test_a_published_processor_with_crops():
+    """The square that the checkpoint's processor cuts out of a picture is what is looked at closer;
+    prompts with fewer pictures end in zeros.
+    """
+    pipeline = Pipeline(ShortestEdge(12), crop=(12, 12), scale=1.0, mean=None, std=None)
+    vision = TileVision(Single(pipeline), 9, 4, (2, 2), crops=Crops(4))
+    picture = np.zeros((24, 48, 3), np.uint8)
+    picture[:12, 12:24], picture[12:, 24:36] = 100, 200
+    seen = vision.see(picture, alone=True)
+    crops, grid = seen.crops
+    assert grid == (2, 2) and crops.shape == (4, 12, 12, 3)
+    assert [crop.mean() for crop in crops] == [100, 0, 0, 200]
+    batch = vision.batch([[1, 9, 2], [1, 9, 9, 2]], [[seen], [seen, seen]], 0)
+    assert batch["pixels"].shape == (2, 2, 12, 12, 3) and batch["crops"].shape[:3] == (2, 2, 4)
+    np.testing.assert_array_equal(batch["crops"][1, 1], crops)
+    assert (batch["crops"][0, 1] == 0).all()
+    whole = TileVision(Single(replace(pipeline, crop=None)), 9, 4, (2, 2), crops=Crops(4))
+    assert whole.see(picture, alone=True).crops[0].shape == (2, 12, 24, 3)

@@ -1,9 +1,14 @@
+from dataclasses import dataclass, replace
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.extend.core import jaxprs_in_params
 
-from tests.train.tiny import TinyConfig, tiny
+from tests.train.tiny import TinyConfig, TinyModel, tiny
 from zoo.models.core.errors import UsageError
 from zoo.train.mesh import MeshConfig, batch_sharding, check_batch_size, make_mesh, put_batch
 from zoo.train.objectives import Mean, NextToken
@@ -44,13 +49,9 @@ def prepared(mesh, optim):
 def test_loss_is_the_mean_over_labelled_tokens_of_the_whole_batch():
     model = TinyConfig().build()
     data = batch()
-    params = jax.tree.map(
-        lambda x: x.value if hasattr(x, "value") else x,
-        jax.jit(model.init)(jax.random.key(0), data)["params"],
-        is_leaf=lambda x: hasattr(x, "value"),
-    )
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), data)["params"])
     objective, key = NextToken(), jax.random.key(0)
-    loss, metrics = jax.jit(lambda p, b: objective.loss(model, p, b, key, None))(params, data)
+    terms, others = jax.jit(lambda p, b: objective.loss(model, p, b, key, None))(params, data)
 
     hidden = model.apply({"params": params}, data).hidden
     logits = np.asarray(hidden @ params["embedding"].T, np.float64)
@@ -61,12 +62,10 @@ def test_loss_is_the_mean_over_labelled_tokens_of_the_whole_batch():
         for t in range(23)
         if data["labels"][b, t + 1] != -100
     ]
-    np.testing.assert_allclose(loss, np.mean([w for w, _ in wanted]), rtol=1e-5)
-    np.testing.assert_allclose(metrics["loss"].value, loss)
-    np.testing.assert_allclose(
-        metrics["accuracy"].value, np.mean([r for _, r in wanted]), atol=1e-7
-    )
-    assert metrics["loss"].weight == len(wanted)
+    assert set(terms) == {"loss"}
+    np.testing.assert_allclose(terms["loss"].value, np.mean([w for w, _ in wanted]), rtol=1e-5)
+    np.testing.assert_allclose(others["accuracy"].value, np.mean([r for _, r in wanted]), atol=1e-7)
+    assert terms["loss"].weight == len(wanted)
 
 
 def test_a_batch_that_teaches_nothing_has_no_loss():
@@ -135,3 +134,152 @@ def test_experiments_refuse_what_cannot_be():
             tiny(**{field: 0})
     with pytest.raises(UsageError, match="max_bad_share"):
         tiny(max_bad_share=1.5)
+
+
+class Reporting(TinyModel):
+    """Two layers that report."""
+
+    def __call__(self, batch, *, budget=None):
+        out = super().__call__(batch, budget=budget)
+        each = (out.hidden**2).mean((1, 2))  # the mean over rows of what a row reports
+        reports = (
+            {"router_loss": 0.1 * each.mean(), "kept": each.sum()},
+            {},
+            {"router_loss": 0.2 * each.mean(), "other_loss": jnp.float32(3.0)},
+        )
+        return replace(out, aux=reports)
+
+
+@dataclass(frozen=True)
+class ReportingConfig(TinyConfig):
+    def build(self):
+        return Reporting(self.width)
+
+
+@pytest.fixture(scope="module")
+def reporting():
+    """The reporting model, its parameters and a function (objective) -> terms, others, gradient."""
+    model = Reporting(8)
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), batch())["params"])
+
+    def run(objective):
+        def loss(params):
+            terms, others = objective.loss(model, params, batch(), jax.random.key(0), None)
+            return sum(mean.value for mean in terms.values()), (terms, others)
+
+        (_, (terms, others)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        return terms, others, grads
+
+    return model, params, run
+
+
+def test_what_layers_report_as_losses_is_summed_and_trained(reporting):
+    model, params, run = reporting
+    terms, others, grads = run(NextToken())
+    assert set(terms) == {"loss", "router_loss", "other_loss"}
+    assert set(others) == {"accuracy"}
+    hidden = np.asarray(model.apply({"params": params}, batch()).hidden)
+    np.testing.assert_allclose(terms["router_loss"].value, 0.3 * (hidden**2).mean(), rtol=1e-5)
+    np.testing.assert_allclose(terms["other_loss"].value, 3.0, rtol=1e-6)
+
+    def reported(params):
+        aux = model.apply({"params": params}, batch()).aux
+        return aux[0]["router_loss"] + aux[2]["router_loss"]
+
+    def without(params):
+        terms, _ = NextToken().loss(TinyModel(8), params, batch(), jax.random.key(0), None)
+        return terms["loss"].value
+
+    wanted = jax.tree.map(jnp.add, jax.grad(reported)(params), jax.grad(without)(params))
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-6), grads, wanted)
+
+
+def test_logits_in_chunks_give_the_same_loss_and_gradient(reporting):
+    _, _, run = reporting
+    plain = run(NextToken(z_loss=0.01))
+    for chunk in (1, 7, 24):  # 24 tokens: divided, with a rest, whole
+        chunked = run(NextToken(z_loss=0.01, chunk=chunk))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), plain,
+                     chunked)  # fmt: skip
+    assert "z_loss" in plain[0]
+
+
+def sizes(jaxpr):
+    """The number of elements of every value that is computed, in programs within programs too."""
+    for equation in jaxpr.eqns:
+        yield from (var.aval.size for var in equation.outvars)
+        for inner in jaxprs_in_params(equation.params):
+            yield from sizes(inner)
+
+
+def test_chunked_logits_are_never_whole(monkeypatch):
+    model, key = TinyModel(8), jax.random.key(0)
+    params = nn.unbox(model.init(key, batch())["params"])
+    whole = 8 * 24 * 320
+
+    def most(objective):
+        def loss(params):
+            return objective.loss(model, params, batch(), key, None)[0]["loss"].value
+
+        return max(sizes(jax.make_jaxpr(jax.value_and_grad(loss))(params).jaxpr))
+
+    assert most(NextToken()) == whole
+    assert most(NextToken(chunk=6)) == whole // 4
+    monkeypatch.setattr("zoo.train.objectives.lm.WHOLE_LOGITS", 320 * 6)
+    assert most(NextToken()) == whole // 4
+
+
+def test_the_z_loss_is_that_of_the_normaliser(reporting):
+    model, params, run = reporting
+    terms, _, _ = run(NextToken(z_loss=0.5))
+    logits = np.asarray(model.apply({"params": params}, batch()).hidden @ params["embedding"].T)
+    learned = batch()["labels"][:, 1:] != -100
+    squared = np.log(np.exp(logits.astype(np.float64)).sum(-1))[:, :-1][learned] ** 2
+    np.testing.assert_allclose(terms["z_loss"].value, 0.5 * squared.mean(), rtol=1e-5)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(mesh):
+    # Plain gradient descent: the change of the parameters is the gradient. Rows have unequally many
+    # labels, so that a mean of means would be another number.
+    data = batch()
+    data["labels"][1:4] = -100
+    config, optimizer = ReportingConfig(), optax.sgd(1.0)
+    model, inputs = config.build(), config.inputs(1)
+    abstract = abstract_state(boxed_params(model, inputs), optimizer, mesh)
+
+    def stepped(accumulate):
+        state = initial_state(model, inputs, optimizer, abstract, 0)
+        step = make_train_step(
+            model, NextToken(z_loss=0.01), optimizer, lambda _: 1.0, abstract, accumulate=accumulate
+        )
+        return step(state, put_batch(data, batch_sharding(mesh)), None)
+
+    whole, cut = stepped(1), stepped(4)
+    assert set(whole[1]) == set(cut[1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), whole, cut)
+
+
+def test_the_state_is_used_up_and_its_average_follows(mesh):
+    config, optim = TinyConfig(), OptimConfig(warmup=0, schedule="constant")
+    model, inputs, optimizer = config.build(), config.inputs(1), make_optimizer(optim, 10)
+    boxed = boxed_params(model, inputs)
+    abstract = abstract_state(boxed, optimizer, mesh, averaged=True)
+    state = initial_state(model, inputs, optimizer, abstract, 0)
+    assert state_bytes(boxed, optimizer, averaged=True) - state_bytes(boxed, optimizer) == sum(
+        x.nbytes for x in jax.tree.leaves(state.params)
+    )
+    step = make_train_step(
+        model, NextToken(), optimizer, learning_rate(optim, 10), abstract, decay=0.15
+    )
+    kept = [np.asarray(state.params["up"]["kernel"])]
+    for seed in range(3):
+        before = state
+        state, _ = step(state, put_batch(batch(seed), batch_sharding(mesh)), None)
+        assert all(x.is_deleted() for x in jax.tree.leaves(before))
+        kept.append(np.asarray(state.params["up"]["kernel"]))
+    wanted = kept[0]
+    for number, params in enumerate(kept[1:]):
+        decay = min(0.15, (1 + number) / (10 + number))
+        wanted = decay * wanted + (1 - decay) * params
+    np.testing.assert_allclose(state.average["up"]["kernel"], wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(state.served["up"]["kernel"], state.average["up"]["kernel"])

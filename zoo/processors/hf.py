@@ -423,8 +423,13 @@ def _tile_vision(config: LlavaConfig, views: Single | AnyRes | Tiled, folder: Pa
             f"{folder}: image_seq_length is {told} and the model makes {tokens} tokens of a tile: "
             "the two are not of one checkpoint"
         )
+    if config.crops is not None and not isinstance(views, Single):
+        raise UsageError(
+            f"{folder}: the model sees crops of every image, which are made of pictures that are "
+            f"one tile only; those of a {type(views).__name__} are several"
+        )
     if not isinstance(views, AnyRes):
-        return TileVision(views, config.image_id, tokens, grid)
+        return TileVision(views, config.image_id, tokens, grid, crops=config.crops)
     if tokens != grid[0] * grid[1]:
         raise UsageError(
             f"{folder}: a tile has {tokens} tokens, which are no grid of {grid[0]} x {grid[1]}: "

@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 
 from zoo.models.core.errors import UsageError
 from zoo.processors.pixels import Filter, pad_to_square
+from zoo.processors.tiling import Size, crop_grid, cut
 
 Fit = Literal["pad", "squash", "crop"]
 
@@ -52,13 +53,35 @@ class ImageProcessor:
 
     def __call__(self, picture: np.ndarray) -> np.ndarray:
         """The pixels of `picture` [H, W, 3] uint8, as [size, size, 3] float32."""
-        if picture.shape[:2] != (self.size, self.size):
-            picture = np.asarray(self._fitted(Image.fromarray(picture)))
+        square = (self.size, self.size)
+        if picture.shape[:2] != square:
+            picture = np.asarray(self._fitted(Image.fromarray(picture), square))
         # One long row of channels at a time: four times as fast as three channels at a time.
         scale, shift = self._rows
         pixels = np.multiply(picture.reshape(self.size, -1), scale, dtype=np.float32)
         pixels -= shift
         return pixels.reshape(self.size, self.size, 3)
+
+    def closer(
+        self, picture: np.ndarray, *, crops: int, square: bool = False
+    ) -> tuple[np.ndarray, Size]:
+        """What is seen of `picture` [H, W, 3] uint8, as crops [n, size, size, 3] float32.
+
+        Args:
+          picture: the picture; where `fit` pads or crops it, the square that comes of this is cut.
+          crops: how many at most.
+          square: see `zoo.processors.tiling.crop_grid`.
+
+        Returns:
+          the crops row by row, and their rows and columns.
+        """
+        seen: Size = picture.shape[:2]
+        if self.fit != "squash":
+            seen = ((max if self.fit == "pad" else min)(seen),) * 2
+        rows, columns = crop_grid(seen, tile=self.size, crops=crops, square=square)
+        large = self._fitted(Image.fromarray(picture), (rows * self.size, columns * self.size))
+        parts = cut(np.asarray(large), (rows, columns))
+        return np.stack([self(part) for part in parts]), (rows, columns)
 
     @cached_property
     def _rows(self) -> tuple[np.ndarray, np.ndarray]:
@@ -66,16 +89,18 @@ class ImageProcessor:
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         return np.tile(1 / (255 * std), self.size), np.tile(mean / std, self.size)
 
-    def _fitted(self, picture: Image.Image) -> Image.Image:
-        square = (self.size, self.size)
+    def _fitted(self, picture: Image.Image, size: Size) -> Image.Image:
+        """What `fit` leaves of `picture`, resized to `size`."""
+        (height, width), side = size, max(size)
         method = Image.Resampling[self.resize.upper()]
         if self.fit == "crop":
-            return ImageOps.fit(picture, square, method)
-        if self.fit == "pad":
+            picture = ImageOps.fit(picture, (side, side), method)
+        elif self.fit == "pad":
             colour = tuple(int(255 * m) for m in self.mean)
             if max(picture.size) ** 2 > _LARGEST_SQUARE:
                 # A long panorama would make a huge square: resize first, which differs at the seams
                 # only.
-                return ImageOps.pad(picture, square, method, colour)
-            picture = Image.fromarray(pad_to_square(np.asarray(picture), colour))
-        return picture.resize(square, method)
+                picture = ImageOps.pad(picture, (side, side), method, colour)
+            else:
+                picture = Image.fromarray(pad_to_square(np.asarray(picture), colour))
+        return picture.resize((width, height), method)

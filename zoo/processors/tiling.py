@@ -117,6 +117,68 @@ def tile_boxes(resolution: Size, tile: int) -> list[Box]:
     ]
 
 
+def crop_grid(size: Size, *, tile: int, crops: int, square: bool = False) -> Size:
+    """Rows and columns of the crops into which a picture is stretched and cut for a closer look.
+
+    Of all grids of 2 to `crops` crops, the one that `select_best_resolution` finds for the picture.
+
+    Args:
+      size: of the picture.
+      tile: side of a crop in pixels.
+      crops: how many at most.
+      square: take the square grid of `crops` crops, whatever the picture is.
+
+    Raises:
+      ValueError: fewer than two crops, or a square that `crops` do not make.
+    """
+    side = math.isqrt(crops)
+    if crops < 2 or (square and side**2 != crops):
+        kind = "a square number of " if square else ""
+        raise ValueError(f"crops = {crops}: want {kind}2 or more")
+    if square:
+        return side, side
+    grids = [
+        (rows * tile, columns * tile)
+        for columns in range(1, crops + 1)
+        for rows in range(1, crops // columns + 1)
+        if rows * columns > 1
+    ]
+    height, width = select_best_resolution(size, grids)
+    return height // tile, width // tile
+
+
+def cut(picture: np.ndarray, grid: Size) -> np.ndarray:
+    """A picture [h H, w W, C] as the crops [h w, H, W, C] of a grid h x w, row by row."""
+    (rows, columns), channels = grid, picture.shape[-1]
+    height, width = picture.shape[0] // rows, picture.shape[1] // columns
+    parts = picture.reshape(rows, height, columns, width, channels).swapaxes(1, 2)
+    return parts.reshape(-1, height, width, channels)
+
+
+def stack_crops(
+    rows: Sequence[Sequence[tuple[np.ndarray, Size]]], *, crops: int, num_images: int = 0
+) -> dict[str, np.ndarray]:
+    """The batch arrays of the crops of every row's images.
+
+    Args:
+      rows: crops [n, H, W, C] and their grid, for the images of every example; at least one in all.
+      crops: V, the most of one image.
+      num_images: M, images of every row; at least the most that a row has.
+
+    Returns:
+      crops float32 [B, M, V, H, W, C] and view_grid int32 [B, M, 2], with zeros and ones where
+      there are fewer.
+    """
+    shape = next(parts.shape[1:] for row in rows for parts, _ in row)
+    images = max([num_images, *map(len, rows)])
+    pixels = np.zeros((len(rows), images, crops, *shape), np.float32)
+    grids = np.ones((len(rows), images, 2), np.int32)
+    for b, row in enumerate(rows):
+        for i, (parts, grid) in enumerate(row):
+            pixels[b, i, : len(parts)], grids[b, i] = parts, grid
+    return {"crops": pixels, "view_grid": grids}
+
+
 def unpadded_box(size: Size, grid: Size) -> Box:
     """The part of a grid of tokens that a picture of `size` covers when it lies in its middle.
 

@@ -11,7 +11,15 @@ import numpy as np
 
 from zoo.processors.native import NativeSpec, Picture, smart_resize
 from zoo.processors.pixels import Pipeline, Size, resized
-from zoo.processors.tiling import Box, fitted_box, select_best_resolution, tile_boxes, tile_grid
+from zoo.processors.tiling import (
+    Box,
+    crop_grid,
+    cut,
+    fitted_box,
+    select_best_resolution,
+    tile_boxes,
+    tile_grid,
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,31 @@ class Single:
     def tiles(self, picture: np.ndarray, *, alone: bool = True) -> np.ndarray:
         """[1, h, w, 3] float32 of `picture` [H, W, 3] uint8."""
         return self.pipeline(picture)[None]
+
+    def closer(self, picture: np.ndarray, *, crops: int, square: bool) -> tuple[np.ndarray, Size]:
+        """What is seen of `picture` [H, W, 3] uint8, as crops [n, h, w, 3] float32.
+
+        Args:
+          picture: the picture.
+          crops: how many at most.
+          square: see `zoo.processors.tiling.crop_grid`.
+
+        Returns:
+          the crops row by row, and their rows and columns.
+        """
+        p, seen = self.pipeline, picture.shape[:2]
+        if p.square or p.crop is not None:
+            seen = ((max if p.square else min)(seen),) * 2
+        size = p.crop or (seen if p.resize is None else p.resize(*seen))
+        rows, columns = crop_grid(seen, tile=size[0], crops=crops, square=square)
+
+        def enlarged(height: int, width: int) -> Size:
+            height, width = (height, width) if p.resize is None else p.resize(height, width)
+            return height * rows, width * columns
+
+        crop = None if p.crop is None else (p.crop[0] * rows, p.crop[1] * columns)
+        large = replace(p, resize=enlarged, crop=crop)(picture)
+        return cut(large, (rows, columns)), (rows, columns)
 
 
 @dataclass(frozen=True)
@@ -59,7 +92,7 @@ class AnyRes:
         canvas = np.zeros((*resolution, 3), np.uint8)
         canvas[_of(box)] = resized(picture, box.size, self.pipeline.filter)
         first = resized(picture, self.whole, self.pipeline.filter)
-        parts = [first, *(canvas[_of(cut)] for cut in tile_boxes(resolution, self.tile))]
+        parts = [first, *(canvas[_of(box)] for box in tile_boxes(resolution, self.tile))]
         return np.stack([self.pipeline(part) for part in parts])
 
     @cached_property
@@ -92,8 +125,7 @@ class Tiled:
         """[M, h, w, 3] float32 of `picture` [H, W, 3] uint8; the thumbnail is the last."""
         (rows, columns), (height, width) = self.grid(picture.shape[:2]), self.tile
         large = resized(picture, (rows * height, columns * width), self.pipeline.filter)
-        cut = large.reshape(rows, height, columns, width, 3).swapaxes(1, 2)
-        tiles = cut.reshape(-1, height, width, 3)
+        tiles = cut(large, (rows, columns))
         if len(tiles) > 1:
             small = resized(picture, self.tile, self.pipeline.filter)
             tiles = np.concatenate([tiles, small[None]])

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from zoo.models.parts.connect.crops import Crops
 from zoo.processors import tiling
 from zoo.processors.lengths import bucket, text_length
 from zoo.processors.native import NativeSpec, Picture
@@ -15,10 +16,13 @@ Batch = dict[str, np.ndarray]
 
 
 class Seen(NamedTuple):
-    """One picture as a model that reads tiles sees it: [tiles, h, w, 3], and which tokens."""
+    """One picture as a model that reads tiles sees it: [tiles, h, w, 3], which tokens, and for some
+    models crops with their rows and columns.
+    """
 
     tiles: np.ndarray
     reading: Reading
+    crops: tuple[np.ndarray, tuple[int, int]] | None = None
 
 
 class Vision(Protocol):
@@ -56,6 +60,7 @@ class TileVision:
       grid: rows and columns of these, where rows of tiles are read.
       max_tiles: see `zoo.processors.tiling.anyres`.
       video_id: the placeholder of a video.
+      crops: what the model sees besides a picture that is one tile; None for nothing.
     """
 
     views: Single | AnyRes | Tiled
@@ -64,14 +69,19 @@ class TileVision:
     grid: tuple[int, int]
     max_tiles: int | None = None
     video_id: int | None = None
+    crops: Crops | None = None
 
     def see(self, picture: np.ndarray, *, alone: bool) -> Seen:
         """Tiles and reading of one picture."""
         tiles = self.views.tiles(picture, alone=alone)
         whole = isinstance(self.views, AnyRes) and (alone or not self.views.several)
         if not whole:
-            newline = isinstance(self.views, AnyRes)
-            return Seen(tiles, tiling.whole_tiles(len(tiles), self.tokens, newline=newline))
+            newline, crops = isinstance(self.views, AnyRes), None
+            if self.crops is not None and isinstance(self.views, Single):
+                wanted = {"crops": self.crops.number, "square": self.crops.square}
+                crops = self.views.closer(picture, **wanted)
+            reading = tiling.whole_tiles(len(tiles), self.tokens, newline=newline)
+            return Seen(tiles, reading, crops)
         reading = tiling.anyres(
             picture.shape[:2],
             self.views.resolutions,
@@ -101,7 +111,12 @@ class TileVision:
         readings = [[picture.reading for picture in row] for row in seen]
         tiles = [[picture.tiles for picture in row] for row in seen]
         if isinstance(self.views, Single):  # the order of the pixels is that of the slots
-            return {**text, "pixels": tiling.stack_tiles(tiles, num_tiles=images)}
+            batch = {**text, "pixels": tiling.stack_tiles(tiles, num_tiles=images)}
+            if self.crops is None:
+                return batch
+            crops = [[p.crops for p in row if p.crops is not None] for row in seen]
+            most = self.crops.number
+            return batch | tiling.stack_crops(crops, crops=most, num_images=images)
         most = bucket(max(sum(reading.tiles for reading in row) for row in readings))
         slots = bucket(max(sum(reading.size for reading in row) for row in readings))
         places = tiling.pack(

@@ -3,6 +3,7 @@ same code; and the model that is nothing but a decoder.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,9 +11,21 @@ import jax.numpy as jnp
 
 from zoo.models.core.config import ModelConfig
 from zoo.models.core.keytable import Table
-from zoo.models.core.types import Array, Batch, Cache, Memory, Output, Reserve, Stream, Tokens, take
+from zoo.models.core.types import (
+    OF_SLOTS,
+    Array,
+    Batch,
+    Cache,
+    Memory,
+    Output,
+    Reserve,
+    Stream,
+    Tokens,
+    take,
+)
 from zoo.models.parts.assemblies.splice import splice
-from zoo.models.parts.decoders.gqa import Decoder, DecoderConfig, decoder_table
+from zoo.models.parts.decoders.composition import compose
+from zoo.models.parts.decoders.gqa import Decoder, DecoderConfig, Plan, decoder_table
 
 
 class LanguageModel(nn.Module):
@@ -63,7 +76,8 @@ class LanguageModel(nn.Module):
         place = jnp.arange(stream.hidden.shape[1])
         last = jnp.where(stream.tokens.valid, place, 0).max(-1, keepdims=True)  # [B, 1]
         logits = self.head(take(stream.hidden, last))[:, 0]
-        return logits, Cache(states, memory, position, jnp.int32(length))
+        kept = {name: leaf for name, leaf in memory.items() if name not in OF_SLOTS}
+        return logits, Cache(states, kept, position, jnp.int32(length))
 
     def decode(self, ids: Array, cache: Cache) -> tuple[Array, Cache]:
         """One more token for every row: ids int [B, 1] -> float32 logits [B, V] and the cache.
@@ -101,11 +115,21 @@ class CausalLMConfig(ModelConfig):
 
     Attributes:
       decoder: the model.
+      policies: applied to the decoder's plan in this order; the first is innermost. Those that
+        change vision tokens only do nothing here.
       text_tokens: text length that `inputs` describes.
     """
 
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    policies: tuple[Any, ...] = ()
     text_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        self.plan()
+
+    def plan(self) -> Plan:
+        """The decoder's plan with all policies applied."""
+        return compose(self.decoder.plan(), self.policies, slots=0)
 
     def build(self) -> "CausalLM":
         """The module."""
@@ -126,7 +150,7 @@ class CausalLM(LanguageModel):
     config: CausalLMConfig
 
     def setup(self) -> None:
-        self.decoder = Decoder(self.config.decoder, self.config.decoder.plan())
+        self.decoder = Decoder(self.config.decoder, self.config.plan())
 
     def stream(self, batch: Batch, budget: int | Array | None) -> tuple[Stream, Memory]:
         """Embedded text."""

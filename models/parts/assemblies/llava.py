@@ -6,7 +6,7 @@ between rows (LLaVA-NeXT, arXiv:2408.03326): see `zoo.processors.tiling`.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -14,15 +14,19 @@ import jax.numpy as jnp
 
 from zoo.models.core.config import ModelConfig
 from zoo.models.core.keytable import Table
-from zoo.models.core.types import Array, Batch, Memory, Stream, Visual
+from zoo.models.core.registry import check_part
+from zoo.models.core.types import Array, Batch, Memory, Stream, TokenSet, Visual
 from zoo.models.parts.assemblies.language import LanguageModel
-from zoo.models.parts.assemblies.splice import splice
+from zoo.models.parts.assemblies.splice import fill_slots, splice
+from zoo.models.parts.connect.crops import Crops, join_views
 from zoo.models.parts.connect.mlp import MLPConnector
+from zoo.models.parts.decoders.composition import compose
 from zoo.models.parts.decoders.gqa import Decoder, DecoderConfig, Plan, decoder_table
 from zoo.models.parts.layers.linear import table_init
 from zoo.models.parts.towers.vit import ViTConfig, clip_table
 
 
+@runtime_checkable
 class Connector(Protocol):
     """Configuration of a connector. Its module maps (`Features`, budget=) to a `Visual`."""
 
@@ -35,11 +39,33 @@ class Connector(Protocol):
         ...
 
 
-class PolicyConfig(Protocol):
-    """Configuration of a decoder policy: it turns the plan of a decoder into another."""
+@runtime_checkable
+class TapSource(Protocol):
+    """Configuration of a policy whose layers read vision features of their own, the taps."""
 
-    def apply(self, plan: Plan, *, slots: int) -> Plan:
-        """The plan with this policy, for at most `slots` vision tokens in the sequence."""
+    @property
+    def crops(self) -> Crops | None:
+        """The crops that it wants to see of every image."""
+        ...
+
+    def hidden_states(self, depth: int) -> tuple[int, ...]:
+        """The hidden states that it reads, 0 to `depth`, of a tower with so many layers.
+
+        Raises:
+          ValueError: one that this tower does not have.
+        """
+        ...
+
+    def taps(self, config: "LlavaConfig") -> nn.Module:
+        """The module that makes them, which stands around the connector.
+
+        It maps (`Features`, the module of the connector, view_grid=, budget=) to a `Visual` with
+        `memory["taps"]` [G, B, M Q, D]. The tokens of the features are [B, M, N, C], with crops
+        [B, M, 1 + V, N, C], the whole first.
+
+        Raises:
+          ValueError: the model has no place for it, with the reason.
+        """
         ...
 
 
@@ -78,6 +104,7 @@ class LlavaConfig(ModelConfig):
     text_tokens: int = 64
 
     def __post_init__(self) -> None:
+        check_part("connector", self.connector, Connector)
         depth = self.tower.depth
         if bad := [layer for layer in self.layers if not 0 <= layer <= depth]:
             raise ValueError(
@@ -88,6 +115,20 @@ class LlavaConfig(ModelConfig):
             raise ValueError(
                 "keep_class: want a tower with a class token, and hidden states of it to read"
             )
+        rows, columns = self.tower.grid
+        if self.newline and self.connector.num_tokens(self.tower.grid) != rows * columns:
+            raise ValueError(
+                f"connector = {self.connector!r}: this model reads its tiles row by row, with a "
+                f"newline after each, and so wants a connector that keeps the {rows} x {columns} "
+                "tokens of the tower's grid; with newline=False and num_slots=None tiles follow "
+                "one another"
+            )
+        self.plan()
+        if self.crops is not None and self.keep_class:
+            raise ValueError("keep_class: class tokens have no place in a grid of crops")
+        if self.tap_source is not None:
+            self.tap_source.hidden_states(depth)
+            self.tap_source.taps(self)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -95,6 +136,24 @@ class LlavaConfig(ModelConfig):
         given = self.vision_layer
         chosen = () if given is None else (given,) if isinstance(given, int) else given
         return tuple(layer + self.tower.depth + 1 if layer < 0 else layer for layer in chosen)
+
+    @property
+    def tap_source(self) -> TapSource | None:
+        """The policy, if any, that reads vision features of its own."""
+        found = [policy for policy in self.policies if isinstance(policy, TapSource)]
+        if len(found) > 1:
+            raise ValueError(f"policies {found}: want one at most that makes taps")
+        return found[0] if found else None
+
+    @property
+    def crops(self) -> Crops | None:
+        """The crops that the tower or a policy wants to see of every image besides the whole."""
+        parts = (self.tower, *self.policies)
+        found = [part for part in parts if getattr(part, "crops", None) is not None]
+        if len(found) > 1:
+            raise ValueError(f"{found}: want one at most that sees crops")
+        crops: Crops | None = getattr(found[0], "crops", None) if found else None
+        return crops
 
     @property
     def tile_tokens(self) -> int:
@@ -122,10 +181,12 @@ class LlavaConfig(ModelConfig):
 
     def plan(self) -> Plan:
         """The decoder's plan with all policies applied."""
-        plan = self.decoder.plan()
-        for policy in self.policies:
-            plan = policy.apply(plan, slots=self.slots)
-        return plan
+        return compose(
+            self.decoder.plan(),
+            self.policies,
+            slots=self.slots,
+            memory=() if self.tap_source is None else ("taps",),
+        )
 
     def build(self) -> "Llava":
         """The module."""
@@ -142,6 +203,11 @@ class LlavaConfig(ModelConfig):
             "text_mask": jax.ShapeDtypeStruct(text, jnp.bool_),
             "segments": jax.ShapeDtypeStruct(text, jnp.int32),
         }
+        if self.crops is not None:
+            views = (batch_size, self.num_images, self.crops.number)
+            batch["crops"] = jax.ShapeDtypeStruct((*views, side, side, 3), jnp.float32)
+            if not self.crops.square:
+                batch["view_grid"] = jax.ShapeDtypeStruct((*views[:2], 2), jnp.int32)
         if self.newline or self.num_slots is not None:
             batch["sizes"] = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
             batch["layout"] = jax.ShapeDtypeStruct((batch_size, self.slots), jnp.int32)
@@ -159,20 +225,52 @@ class Llava(LanguageModel):
         vision_width = c.tower.width * max(1, len(c.layers))
         self.connector = c.connector.build(vision_width, c.decoder.width, c.tower.grid)
         self.decoder = Decoder(c.decoder, c.plan())
+        if c.tap_source is not None:
+            self.taps = c.tap_source.taps(c)
         if c.newline:
             vector = nn.with_logical_partitioning(table_init(c.decoder.width), ("norm",))
             self.newline = self.param("newline", vector, (c.decoder.width,))
 
-    def encode_image(self, pixels: Array, *, budget: int | Array | None = None) -> Visual:
-        """Pixels [B, M, H, W, 3] to what the connector makes of them: tokens [B, M, Q, D]."""
-        taps = self.config.layers
-        last = max(taps) if taps and not self.is_initializing() else None
+    def encode_image(
+        self,
+        pixels: Array,
+        *,
+        crops: Array | None = None,
+        view_grid: Array | None = None,
+        budget: int | Array | None = None,
+    ) -> Visual:
+        """Pixels [B, M, H, W, 3] to what the connector makes of them: tokens [B, M, Q, D].
+
+        Args:
+          pixels: whole images.
+          crops: [B, M, V, H, W, 3], for models that see them.
+          view_grid: int [B, M, 2], how the crops lie; a square grid by default.
+          budget: as in `__call__`.
+
+        Raises:
+          ValueError: no crops for a model that sees them, or others than it wants.
+        """
+        c, source = self.config, self.config.tap_source
+        if c.crops is not None:
+            if crops is None:
+                raise ValueError(
+                    f"a batch of pixels for this model needs crops: {c.crops.number} of each "
+                    "image, as its processor makes them"
+                )
+            pixels = join_views(pixels, crops, c.crops)
+        more = () if source is None else source.hidden_states(c.tower.depth)
+        taps = tuple(sorted({*c.layers, *more}))
+        last = max(taps) if c.layers and not self.is_initializing() else None
         features = self.tower(pixels, taps=taps, stop_after=last)
-        if taps:
-            first = 0 if self.config.keep_class else self.config.tower.prefix
-            read = [features.taps[tap][..., first:, :] for tap in taps]
+        if c.layers:
+            first = 0 if c.keep_class else c.tower.prefix
+            read = [features.taps[tap][..., first:, :] for tap in c.layers]
             features = features.replace(tokens=jnp.concatenate(read, -1))
-        visual: Visual = self.connector(features, budget=budget)
+        visual: Visual
+        if source is None:
+            visual = self.connector(features, budget=budget)
+        else:
+            visual = self.taps(features, self.connector, view_grid=view_grid, budget=budget)
         return visual
 
     def stream(self, batch: Batch, budget: int | Array | None) -> tuple[Stream, Memory]:
@@ -180,26 +278,48 @@ class Llava(LanguageModel):
 
         Raises:
           ValueError: pixels without a `layout` for a model with a newline, which stands where the
-            layout says.
+            layout says; pixels without the crops that the model sees.
         """
         visual = Visual(None)
+        extra = self.newline[None] if self.config.newline else None
         if "pixels" in batch:
-            visual = self.encode_image(batch["pixels"], budget=budget)
+            views = {name: batch.get(name) for name in ("crops", "view_grid")}
+            visual = self.encode_image(batch["pixels"], **views, budget=budget)
             if self.config.newline and "layout" not in batch:
                 raise ValueError(
                     "a batch of pixels for a model with a newline needs a layout and sizes: "
                     "zoo.processors.tiling.pack makes them"
                 )
+        memory = visual.memory
+        if "taps" in memory:
+            memory = {**memory, "taps": _numbered(memory["taps"], batch, extra)}
         facts = ("text_mask", "labels", "segments", "sizes", "layout", "blend")
         stream = splice(
             batch["ids"],
             self.decoder.embed(batch["ids"]),
             visual.tokens,
             image_id=self.config.image_id,
-            extra=self.newline[None] if self.config.newline else None,
+            extra=extra,
             **{name: batch.get(name) for name in facts},
         )
-        return stream, visual.memory
+        return stream, memory
+
+
+def _numbered(taps: Array, batch: Batch, extra: Array | None) -> Array:
+    """Taps [G, B, M Q, D] in the numbers that `splice` gives the vision tokens (`cell`): those that
+    the model adds come after them in every level, and where tokens are blended, so are the taps.
+    """
+    if "blend" in batch:
+
+        def blended(level: Array) -> Array:
+            vision = TokenSet(level[:, None])
+            return fill_slots(vision, batch["layout"], batch["blend"], extra)[0]
+
+        return jax.lax.map(blended, taps)
+    if extra is None:
+        return taps
+    more = jnp.broadcast_to(extra.astype(taps.dtype), (*taps.shape[:2], *extra.shape))
+    return jnp.concatenate([taps, more], 2)
 
 
 def llava_table(config: LlavaConfig) -> Table:

@@ -132,10 +132,10 @@ def with_tiles(
     return dataclasses.replace(config, num_images=1 + down * across, num_slots=slots)
 
 
-def projector_rows(*, bias: bool) -> Table:
-    """Keys of the two linear layers of a `multi_modal_projector`."""
+def projector_rows(*, bias: bool, keys: tuple[str, str] = ("linear_1", "linear_2")) -> Table:
+    """Keys of the two linear layers of a `multi_modal_projector`, which are called `keys`."""
     rows = []
-    for path, key in (("up", "linear_1"), ("down", "linear_2")):
+    for path, key in zip(("up", "down"), keys, strict=True):
         rows.append(Row(f"{path}/kernel", f"{key}.weight", linear()))
         if bias:
             rows.append(Row(f"{path}/bias", f"{key}.bias"))

@@ -1,9 +1,11 @@
 """The Qwen-VL assembly: pictures in their native resolution, merged patches, a decoder with rotary
 positions in time, rows and columns.
 
-Follows: arXiv:2409.12191 (Qwen2-VL), arXiv:2502.13923 (Qwen2.5-VL).
+Follows: arXiv:2409.12191 (Qwen2-VL), arXiv:2502.13923 (Qwen2.5-VL), arXiv:2511.21631 (Qwen3-VL:
+several levels of the tower).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +19,9 @@ from zoo.models.core.keytable import Table
 from zoo.models.core.types import Array, Batch, Memory, Stream, TokenSet, Visual
 from zoo.models.parts.assemblies.language import LanguageModel
 from zoo.models.parts.assemblies.splice import splice
+from zoo.models.parts.decoders.composition import compose
 from zoo.models.parts.decoders.gqa import Decoder, DecoderConfig, Plan, decoder_table
+from zoo.models.parts.decoders.policies import AddTap, wrap
 from zoo.models.parts.decoders.reading import read_decoder, read_rope
 from zoo.models.parts.layers.rope import RopeConfig
 from zoo.models.parts.towers.qwen_vit import (
@@ -46,17 +50,33 @@ RENAMES = ((r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visua
 
 
 @dataclass(frozen=True)
+class _Levels:
+    """The policy that adds `count` levels behind the first layers, outside of all others."""
+
+    count: int
+
+    def apply(self, plan: Plan, *, slots: int) -> Plan:
+        """What is behind layer i is before layer i + 1."""
+        del slots
+        return wrap(plan, {i + 1: AddTap(level=i) for i in range(self.count)})
+
+
+@dataclass(frozen=True)
 class QwenVLConfig(ModelConfig):
     """A vision-language model. The defaults are Qwen2-VL 7B.
 
     Attributes:
       tower: the vision transformer.
       decoder: the language model; its rotary embedding has `sections`.
+      levels: depths of the tower, rising, whose features also become tokens, each by a connector of
+        its own; those of the first are added to the hidden states of the same image tokens behind
+        the decoder's first layer, those of the second behind its second, and so on.
       policies: applied to the decoder's plan in this order; the first is innermost.
       image_id: the placeholder id of an image.
       video_id: the placeholder id of a video.
       tokens_per_second: temporal positions per second of video; None: one per pair of frames. The
-        processor reads it.
+        processor reads it, and the next.
+      time_in_text: a video is one picture for each pair of frames, its time in the text before it.
       num_images: images per example that `inputs` describes.
       image_size: side in pixels of the square images that `inputs` describes.
       text_tokens: text length that `inputs` describes.
@@ -64,10 +84,12 @@ class QwenVLConfig(ModelConfig):
 
     tower: QwenViTConfig = field(default_factory=QwenViTConfig)
     decoder: DecoderConfig = QWEN2_7B
+    levels: tuple[int, ...] = ()
     policies: tuple[Any, ...] = ()
     image_id: int = 151_655
     video_id: int = 151_656
     tokens_per_second: float | None = None
+    time_in_text: bool = False
     num_images: int = 1
     image_size: int = 448
     text_tokens: int = 64
@@ -76,6 +98,12 @@ class QwenVLConfig(ModelConfig):
         side = self.tower.patch_size * self.tower.merge_size
         if self.image_size % side:
             raise ValueError(f"image_size = {self.image_size}: want a multiple of {side}")
+        depths = range(1, self.tower.depth + 1)
+        if self.levels != tuple(level for level in depths if level in self.levels):
+            raise ValueError(
+                f"levels = {self.levels}: want rising depths of the tower, 1 to {self.tower.depth}"
+            )
+        self.plan()
 
     @property
     def image_tokens(self) -> int:
@@ -83,11 +111,12 @@ class QwenVLConfig(ModelConfig):
         return (self.image_size // self.tower.patch_size) ** 2 // self.tower.block
 
     def plan(self) -> Plan:
-        """The decoder's plan with all policies applied."""
-        plan = self.decoder.plan()
-        for policy in self.policies:
-            plan = policy.apply(plan, slots=self.num_images * self.image_tokens)
-        return plan
+        """The decoder's plan with all policies applied, and the levels added between its layers."""
+        slots, policies = self.num_images * self.image_tokens, self.policies
+        if not self.levels:
+            return compose(self.decoder.plan(), policies, slots=slots)
+        policies = (*policies, _Levels(len(self.levels)))
+        return compose(self.decoder.plan(), policies, slots=slots, memory=("taps",))
 
     def build(self) -> "QwenVL":
         """The module."""
@@ -128,14 +157,15 @@ class QwenVL(LanguageModel):
     def setup(self) -> None:
         c = self.config
         self.tower = c.tower.build()
-        self.connector = PatchMerger(
-            c.tower.width, c.decoder.width, c.tower.block, c.tower.norm, c.tower.norm_eps
-        )
+        sizes = (c.tower.width, c.decoder.width, c.tower.block, c.tower.norm, c.tower.norm_eps)
+        self.connector = PatchMerger(*sizes)
+        self.level = [PatchMerger(*sizes, norm_blocks=True) for _ in c.levels]
         self.decoder = Decoder(c.decoder, c.plan())
 
     def encode_image(self, batch: Batch) -> Visual:
         """The pictures of a batch (its names that begin with `patch`) as tokens [B, 1, S, D]: those
-        of all pictures of a row, in the order of their placeholders, then padding.
+        of all pictures of a row, in the order of their placeholders, then padding. With `levels`,
+        `memory["taps"]` [G, B, S, D] has those of each level.
         """
         features = self.tower(
             batch["patches"],
@@ -143,9 +173,14 @@ class QwenVL(LanguageModel):
             segment=batch["patch_segment"],
             frame=batch["patch_frame"],
             window=batch.get("patch_window"),
+            taps=self.config.levels,
         )
-        tokens, mask = self.connector(features)
-        return Visual(TokenSet(tokens[:, None], mask[:, None]))
+        tokens, mask = self.connector(features.tokens), features.mask[:, :: self.config.tower.block]
+        memory = {}
+        if self.level:
+            taps = [features.taps[level] for level in self.config.levels]
+            memory["taps"] = jnp.stack([m(x) for m, x in zip(self.level, taps, strict=True)])
+        return Visual(TokenSet(tokens[:, None], mask[:, None]), memory)
 
     def stream(self, batch: Batch, budget: int | Array | None) -> tuple[Stream, Memory]:
         """Embedded text with the pictures in their places; text alone if there are no patches.
@@ -156,11 +191,12 @@ class QwenVL(LanguageModel):
         """
         if budget is not None:
             raise ValueError(f"budget = {budget}: this model keeps all tokens of a picture")
-        vision = None
+        vision, memory = None, {}
         if "patches" in batch:
             if missing := sorted({"sizes", "positions"} - set(batch)):
                 raise ValueError(f"a batch with patches also needs {' and '.join(missing)}")
-            vision = self.encode_image(batch).tokens
+            visual = self.encode_image(batch)
+            vision, memory = visual.tokens, visual.memory
         ids, image_id = batch["ids"], self.config.image_id
         stream = splice(
             jnp.where(ids == self.config.video_id, image_id, ids),
@@ -181,7 +217,7 @@ class QwenVL(LanguageModel):
                 )
             tokens = stream.tokens.replace(position=batch["positions"].astype(jnp.float32))
             stream = stream.replace(tokens=tokens)
-        return stream, {}
+        return stream, memory
 
 
 def qwen_vl_table(config: QwenVLConfig) -> Table:
@@ -193,9 +229,11 @@ def qwen_vl_table(config: QwenVLConfig) -> Table:
     )
 
 
-def tower_fields(vision: Fields) -> dict[str, Any]:
-    """What the towers of all versions share in their `vision_config`, for `QwenViTConfig`."""
-    channels, patch_size = vision.take("in_channels", 3), vision.take("patch_size", 14)
+def tower_fields(vision: Fields, *, depth: int = 32, patch_size: int = 14) -> dict[str, Any]:
+    """What the towers of all versions share in their `vision_config`, for `QwenViTConfig`; `depth`
+    and `patch_size` are what a file means that names none.
+    """
+    channels, patch_size = vision.take("in_channels", 3), vision.take("patch_size", patch_size)
     # What older files call the same things again; the original does not read these.
     vision.want("in_chans", channels)
     vision.want("spatial_patch_size", patch_size)
@@ -204,7 +242,7 @@ def tower_fields(vision: Fields) -> dict[str, Any]:
     theta = float(rope.take("rope_theta", 10_000.0))
     rope.done()
     return {
-        "depth": vision.take("depth", 32),
+        "depth": vision.take("depth", depth),
         "num_heads": vision.take("num_heads", 16),
         "channels": channels,
         "patch_size": patch_size,
@@ -215,7 +253,11 @@ def tower_fields(vision: Fields) -> dict[str, Any]:
 
 
 def read_qwen_vl(
-    fields: Fields, tower: QwenViTConfig, width: int, tokens_per_second: float | None = None
+    fields: Fields,
+    tower: QwenViTConfig,
+    width: int,
+    read_text: Callable[[Fields, bool], DecoderConfig] | None = None,
+    **known: Any,
 ) -> QwenVLConfig:
     """The configuration that a `config.json` of the family describes.
 
@@ -226,7 +268,9 @@ def read_qwen_vl(
       fields: of the whole file.
       tower: what its `vision_config` says.
       width: of the tokens that the tower makes for the language model.
-      tokens_per_second: as in `QwenVLConfig`.
+      read_text: from the fields of the language model, and what the whole file says of tied
+        embeddings, to the decoder; by default that of Qwen2.
+      **known: further fields of the `QwenVLConfig`.
 
     Raises:
       UsageError: a field that this code does not compute.
@@ -235,7 +279,8 @@ def read_qwen_vl(
     if "text_config" in fields:
         text = fields.sub("text_config")
         fields.ignore(*_TEXT_FIELDS)
-    decoder = _read_decoder(text, bool(fields.take("tie_word_embeddings", False)))
+    tied = bool(fields.take("tie_word_embeddings", False))
+    decoder = (read_text or _read_qwen2)(text, tied)
     if width != decoder.width:
         raise UsageError(
             f"{fields.name}: the tower makes tokens of width {width}, the language model takes "
@@ -246,9 +291,9 @@ def read_qwen_vl(
     config = QwenVLConfig(
         tower,
         decoder,
-        tokens_per_second=tokens_per_second,
         image_id=fields.take("image_token_id", 151_655),
         video_id=fields.take("video_token_id", 151_656),
+        **known,
     )
     text.done()
     fields.done()
@@ -276,8 +321,8 @@ _TEXT_FIELDS = (
 """What older files say of the language model beside `vision_config`."""
 
 
-def _read_decoder(fields: Fields, tied: bool) -> DecoderConfig:
-    """The language model; `tied` is what the whole file says of the embeddings."""
+def _read_qwen2(fields: Fields, tied: bool) -> DecoderConfig:
+    """The language model of Qwen2; `tied` is what the whole file says of the embeddings."""
     fields.want("hidden_act", "silu")
     fields.want("use_sliding_window", False)
     fields.ignore("sliding_window", "max_window_layers")  # not in use

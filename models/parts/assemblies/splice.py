@@ -60,7 +60,7 @@ def splice(
         raise ValueError("a batch with a layout needs sizes: how many slots each image has")
 
     _, images, queries, _ = vision.tokens.shape
-    filled, cell, seen = _slots(vision, layout, blend, extra)  # [B, S, D], [B, S], [B, S]
+    filled, cell, seen = fill_slots(vision, layout, blend, extra)  # [B, S, D], [B, S], [B, S]
     slots = filled.shape[1]
     if sizes is None:
         sizes = jnp.full((batch, images), queries, jnp.int32)
@@ -87,7 +87,7 @@ def splice(
     return Stream(hidden, _with_labels(tokens, spread), slots)
 
 
-def _slots(
+def fill_slots(
     vision: TokenSet, layout: Array | None, blend: Array | None, extra: Array | None
 ) -> tuple[Array, Array, Array]:
     """What the S slots of every row hold: vectors [B, S, D], their `cell` [B, S], whether they are

@@ -22,7 +22,7 @@ from zoo.models.parts.layers.linear import Proj, dense
 from zoo.models.parts.layers.norms import NormKind, make_norm
 from zoo.models.parts.layers.plan import Step
 from zoo.models.parts.layers.rope import RopeConfig
-from zoo.models.parts.layers.stack import Stack
+from zoo.models.parts.layers.stack import Remat, Stack
 
 Plan = tuple[Step, ...]
 PlanRule = Callable[[Plan], Plan]
@@ -67,6 +67,7 @@ class DecoderConfig:
       first_position: the row of position 0.
       tie_embeddings: the head is the transposed vocabulary table.
       dtype: in which activations are computed; parameters stay float32.
+      remat: what layers keep for the gradient, as in `Stack`.
     """
 
     vocab_size: int = 32_000
@@ -98,6 +99,7 @@ class DecoderConfig:
     first_position: int = 0
     tie_embeddings: bool = False
     dtype: str = "float32"
+    remat: Remat = "none"
 
     def plan(self) -> Plan:
         """The plain decoder: `depth` layers without policies."""
@@ -153,7 +155,7 @@ class Decoder(nn.Module):
                 nn.initializers.normal(0.02), ("positions", "embed")
             )
             self.position = self.param("position", init, (c.learned_positions, c.width))
-        self.stack = Stack(self.plan)
+        self.stack = Stack(self.plan, remat=c.remat)
         if c.final_norm:
             self.final_norm = make_norm(c.norm, c.norm_eps)
         if not c.tie_embeddings:

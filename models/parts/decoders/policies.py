@@ -47,6 +47,7 @@ class AddTap(LayerPolicy):
     """
 
     name: ClassVar[str] = "add_tap"
+    reads: ClassVar[tuple[str, ...]] = ("taps",)
 
     level: int | Array
 

@@ -81,6 +81,7 @@ def read_rope(
     kinds: Sequence[str] = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "su"),
     partial: bool = False,
     sections: tuple[int, ...] = (),
+    interleaved: bool = False,
 ) -> RopeConfig:
     """The rotary embedding: `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling`
     as they were before.
@@ -93,6 +94,7 @@ def read_rope(
       kinds: the scalings that the architecture knows.
       partial: whether a part of the head may be rotated only.
       sections: for positions of several axes, the default of `mrope_section`.
+      interleaved: whether the architecture lets these axes take turns.
 
     Raises:
       UsageError: another scaling, or fields that it does not have.
@@ -114,13 +116,15 @@ def read_rope(
     if sections:
         sections = tuple(scaled.take("mrope_section", sections))
         kind = "default" if kind == "mrope" else kind  # what older files call it
+    if interleaved:
+        scaled.want("mrope_interleaved", True)
     if kind not in kinds:
         listed = ", ".join(map(repr, kinds))
         raise UsageError(f"{scaled.name}: rope_type is {kind!r}; this zoo computes {listed} only")
     read = _SCALINGS[kind]
     scaling = None if read is None else read(scaled, context, original)
     scaled.done()
-    return RopeConfig(float(theta), scaling, float(fraction), sections)
+    return RopeConfig(float(theta), scaling, float(fraction), sections, interleaved)
 
 
 def _read_linear(fields: Fields, context: int, original: int | None) -> Linear:

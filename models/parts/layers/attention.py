@@ -11,7 +11,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from zoo.models.core.types import Array, Tokens
+from zoo.models.core.types import Array, Tokens, shared
 
 
 class Rule(Protocol):
@@ -39,12 +39,12 @@ class Attend(Protocol):
 
 def causal(query: Tokens, key: Tokens) -> Array:
     """A token sees the valid tokens that do not come after it; with segments, of its own and of
-    segment 0.
+    what all of its example see.
     """
     seen = (query.order[:, :, None] >= key.order[:, None, :]) & key.valid[:, None, :]  # [B, L, S]
     if "segment" in query.tags:
-        own = query.tags["segment"][:, :, None] == key.tags["segment"][:, None, :]
-        seen &= own | (key.tags["segment"] == 0)[:, None, :]
+        asking, given = query.tags["segment"][:, :, None], key.tags["segment"][:, None, :]
+        seen &= (asking == given) | (shared(asking) == given)
     return seen
 
 
@@ -106,12 +106,18 @@ def attend(
       [B, L, H, E] in the dtype of `q`.
     """
     seen = rule(query, key)
-    if softcap is None and jax.default_backend() != "cpu":
+    if softcap is None and _platform() != "cpu":
         name = "mask" if seen is not None and seen.dtype == jnp.bool_ else "bias"
         given = {} if seen is None else {name: seen[:, None]}
         return jax.nn.dot_product_attention(q, k, v, scale=scale, **given)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _attend_plainly(q, k, v, seen, scale, softcap)
+
+
+def _platform() -> str:
+    """What the program will run on: the devices of the current mesh, of this machine or another."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else str(device.platform)
 
 
 def _attend_plainly(

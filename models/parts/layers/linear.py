@@ -5,6 +5,7 @@ names.
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.typing import Initializer
 
@@ -69,3 +70,10 @@ def dense(
 def table_init(width: int) -> Initializer:
     """Normal with standard deviation 1 / sqrt(width), for tables that are added to tokens."""
     return nn.initializers.normal(1 / math.sqrt(width))
+
+
+def uniform(bound: float) -> Initializer:
+    """Uniform between `-bound` and `bound`."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )

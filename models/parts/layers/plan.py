@@ -39,14 +39,14 @@ class LayerPolicy:
       splits: it runs the halves of the layer itself instead of calling `run`; only the innermost
         may.
       drops: it removes tokens from the stream for good.
-      needs_all: it is meant for all tokens, and has no sense where one before it `drops` some.
+      reads: names of the memory that it reads, which has something for every vision token.
     """
 
     name: ClassVar[str]
     shared: ClassVar[bool] = False
     splits: ClassVar[bool] = False
     drops: ClassVar[bool] = False
-    needs_all: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = ()
 
     def module(self, block: nn.Module) -> nn.Module | None:
         """The policy's own module, made with `parent=None` and initialised on a hidden [1, 2, D];

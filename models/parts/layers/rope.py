@@ -185,12 +185,16 @@ class RopeConfig:
       sections: with positions of several axes ([B, L, 3]: time, row, column), how many frequencies
         each axis has, cycling through the axes; their sum is half of what is rotated. Follows:
         Qwen2-VL (arXiv:2409.12191).
+      interleaved: the axes take turns, frequency i going to axis i mod A, until an axis has had its
+        section; what is left goes to the first. Every axis then has fast and slow frequencies.
+        Follows: Qwen3-VL (arXiv:2511.21631).
     """
 
     theta: float = 10_000.0
     scaling: Linear | DynamicNTK | Yarn | Llama3 | LongRope | None = None
     fraction: float = 1.0
     sections: tuple[int, ...] = ()
+    interleaved: bool = False
 
     @property
     def amplitude(self) -> float:
@@ -224,8 +228,15 @@ class RopeConfig:
                 f"positions {position.shape} have several axes: sections = {self.sections} must "
                 f"name {dim // 2} frequencies"
             )
-        axes = np.arange(len(self.sections)) % position.shape[-1]
-        return position[..., np.repeat(axes, self.sections)] * frequencies
+        return position[..., self._axes(position.shape[-1])] * frequencies
+
+    def _axes(self, count: int) -> np.ndarray:
+        """Which of `count` axes each frequency belongs to."""
+        if not self.interleaved:
+            return np.repeat(np.arange(len(self.sections)) % count, self.sections)
+        place = np.arange(sum(self.sections))
+        axis = place % count
+        return np.where(place < count * np.array(self.sections)[axis], axis, 0)
 
 
 def rope_frequencies(dim: int, theta: float) -> np.ndarray:

@@ -15,8 +15,8 @@ place.
 """
 
 import functools
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -35,6 +35,11 @@ from zoo.models.parts.layers.plan import (
     owners_of,
 )
 
+Remat = Literal["none", "dots", "full"]
+"""What a layer keeps for its gradient: everything, the results of its linear maps, or nothing but
+its input. What is not kept is computed twice.
+"""
+
 
 class Stack(nn.Module):
     """Runs a plan. The only owner of scanned layers.
@@ -46,12 +51,16 @@ class Stack(nn.Module):
     Attributes:
       steps: the plan.
       scan: whether repeated steps are scanned (one trace per period) or unrolled.
+      remat: what each step keeps for the gradient.
     """
 
     steps: tuple[Step, ...]
     scan: bool = True
+    remat: Remat = "none"
 
     def setup(self) -> None:
+        if self.remat not in get_args(Remat):
+            raise ValueError(f"remat = {self.remat!r}: want one of {', '.join(get_args(Remat))}")
         # What is there is taken as it is: `self.param` would trace the initialiser to check it.
         self.tree = {
             name: self.get_variable("params", name)
@@ -147,7 +156,8 @@ class Stack(nn.Module):
         step = self.steps[segment[0]]
         policies = jax.tree.map(jnp.asarray, step.policies)
         params = rows.of(segment, 0, 0, {})
-        stream, state, aux = step.run(params, policies, stream, state, memory)
+        run = _remembering(step, state, self.remat, scanned=False)
+        stream, state, aux = run(params, policies, stream, state, memory)
         return stream, state, [aux]
 
     def _scanned(
@@ -174,7 +184,8 @@ class Stack(nn.Module):
                 if carries_state:
                     state = jax.tree.map(functools.partial(_row, at=j), cached[offset])
                 params = rows.of(segment, offset, j, unit_rows)
-                stream, state, aux = step.run(params, policies[offset], stream, state, memory)
+                run = _remembering(step, state, self.remat, scanned=True)
+                stream, state, aux = run(params, policies[offset], stream, state, memory)
                 if carries_state:
                     new = jax.tree.map(
                         lambda whole, x: jax.lax.dynamic_update_index_in_dim(whole, x, j, 0),
@@ -192,6 +203,15 @@ class Stack(nn.Module):
         (stream, cached), (fresh, reports) = jax.lax.scan(body, carry, xs)
         aux = [jax.tree.map(lambda x, j=j: x[j], each) for j in range(repeats) for each in reports]
         return stream, (cached if carries_state else fresh), aux
+
+
+def _remembering(step: Step, state: State, remat: Remat, *, scanned: bool) -> Callable[..., Any]:
+    """`step.run`, which in training keeps for the gradient what `remat` says."""
+    if remat == "none" or state is not None:
+        return step.run
+    policy = None if remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    # In a scan nothing can be merged with the second computation anyway.
+    return jax.checkpoint(step.run, policy=policy, prevent_cse=not scanned)
 
 
 class _Rows:

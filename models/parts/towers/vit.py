@@ -25,7 +25,7 @@ from zoo.models.parts.layers.norms import LayerNorm, NormKind, RMSNorm
 from zoo.models.parts.layers.plan import Step, layers
 from zoo.models.parts.layers.positions import sincos_2d
 from zoo.models.parts.layers.resize import resize_bicubic
-from zoo.models.parts.layers.stack import Stack
+from zoo.models.parts.layers.stack import Remat, Stack
 
 PositionResize = Literal["bicubic", "bicubic_antialias"]
 """How the position table meets another grid; both as `torch.nn.functional.interpolate` does."""
@@ -63,6 +63,7 @@ class ViTConfig:
       trim: `image_size` may be no multiple of `patch_size`; the rest at the right and the bottom is
         not seen (SigLIP with 384 pixels and patches of 14).
       dtype: in which activations are computed.
+      remat: what layers keep for the gradient, as in `Stack`.
     """
 
     image_size: int = 336
@@ -88,6 +89,7 @@ class ViTConfig:
     attention_pool: bool = False
     trim: bool = False
     dtype: str = "float32"
+    remat: Remat = "none"
 
     def __post_init__(self) -> None:
         if self.image_size < self.patch_size or (
@@ -231,7 +233,7 @@ class ViT(nn.Module):
             self.mask_token = self.param("mask_token", vector, (c.width,))
         if c.input_norm:
             self.input_norm = LayerNorm(c.norm_eps)
-        self.stack = Stack(c.plan())
+        self.stack = Stack(c.plan(), remat=c.remat)
         if c.final_norm:
             self.final_norm = LayerNorm(c.norm_eps)
         if c.attention_pool:

@@ -1,0 +1,1 @@
+"""Systems that change how the language model runs its layers."""

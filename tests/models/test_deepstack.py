@@ -1,0 +1,404 @@
+"""DeepStack: how crops become groups, where they are added, and what they leave as it was."""
+
+import dataclasses
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import zoo
+from tests.models.draw import draw
+from tests.models.test_systems import random_batch, shapes
+from zoo.models.connectors.deepstack import DeepStack, DeepStackV, Levels, Views
+from zoo.models.connectors.mqt import MQT
+from zoo.models.core import registry
+from zoo.models.core.types import Stream, Tokens
+from zoo.models.parts.connect.crops import Crops, deal
+from zoo.models.parts.decoders.policies import AddTap, wrap
+from zoo.models.parts.layers.block import Block
+from zoo.models.parts.layers.plan import Step, layers
+from zoo.models.parts.layers.stack import Stack
+from zoo.models.parts.towers.vit import ViTConfig
+from zoo.processors import tiling
+
+ROOM = 2
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+# Groups.
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (1, 3), (3, 1), (1, 1)])
+@pytest.mark.parametrize("sampling", ["2d", "1d", "grid"])
+def test_groups_by_hand(grid, sampling):
+    """Slices of the map of all crops; groups that there are no crops for are zeros."""
+    (h, w), side, groups = grid, (3, 2), 4
+    tokens = np.random.default_rng(0).normal(size=(groups, 6, 5)).astype(np.float32)
+    rows = [np.concatenate(tokens[i * w : i * w + w].reshape(w, *side, 5), 1) for i in range(h)]
+    whole = np.concatenate(rows)  # [3 h, 2 w, 5]
+    want = np.zeros_like(tokens)
+    for group in range(h * w):
+        want[group] = {
+            "2d": whole[group // w :: h, group % w :: w].reshape(-1, 5),
+            "1d": whole.reshape(-1, 5)[group :: h * w],
+            "grid": tokens[group],
+        }[sampling]
+    dealt = jax.jit(partial(deal, side=side, groups=groups, sampling=sampling))
+    got = dealt(jnp.stack([tokens, 2 * tokens]), jnp.array([grid, grid]))
+    np.testing.assert_array_equal(got, np.stack([want, 2 * want]))
+
+
+def test_crops_that_make_no_grid_are_refused():
+    with pytest.raises(ValueError, match="3 crops: want a square number"):
+        Crops(3, square=True)
+    with pytest.raises(ValueError, match="1 crops: want 2 or more"):
+        registry.config("deepstack_tiny", policies=(DeepStack(groups=1),))
+    with pytest.raises(ValueError, match="sampling = '3d': want one of 2d, 1d, grid"):
+        Views(sampling="3d")
+
+
+# The policy.
+
+
+def taps_stream(cell, seed=0):
+    rng = np.random.default_rng(seed)
+    cell = jnp.asarray(cell)
+    tokens = Tokens.sequence(jnp.ones(cell.shape, bool), cell=cell)
+    hidden = jnp.asarray(rng.normal(size=(*cell.shape, 8)), jnp.float32)
+    return Stream(hidden, tokens, int((cell[0] >= 0).sum()))
+
+
+def test_taps_find_their_tokens_by_cell():
+    """Wherever a token stands; text, cells without a tap and decoding are left alone."""
+    stream = taps_stream([[-1, 2, 0, 5, -1], [4, -1, -1, 1, 3]])
+    taps = jnp.asarray(np.random.default_rng(1).normal(size=(2, 2, 5, 8)), jnp.float32)
+
+    def entered(stream, memory):
+        return AddTap(level=1)(None, None, lambda s, _: (s.hidden, None, {}), stream, None, memory)
+
+    got = np.asarray(entered(stream, {"taps": taps})[0] - stream.hidden)
+    for row, cells in enumerate(np.asarray(stream.tokens.tags["cell"])):
+        for place, cell in enumerate(cells):
+            want = taps[1, row, cell] if 0 <= cell < 5 else np.zeros(8)
+            np.testing.assert_allclose(got[row, place], want, atol=1e-6)
+    for same in (entered(stream, {}), entered(stream.replace(slots=0), {"taps": taps})):
+        np.testing.assert_array_equal(same[0], stream.hidden)
+
+
+def test_wrap_puts_the_policy_outside():
+    block = Block(width=8, num_heads=2, mlp_dim=8)
+    plan = wrap(layers(block, 3), {1: AddTap(level=0)})
+    assert [len(step.policies) for step in plan] == [0, 1, 0]
+    with pytest.raises(ValueError, match=r"add_tap: no layers \[3\]; the plan has layers 0 to 2"):
+        wrap(plan, {1: AddTap(level=1), 3: AddTap(level=2)})
+    with pytest.raises(ValueError, match="twice"):
+        wrap(plan, {1: AddTap(level=1)})
+
+
+def test_levels_are_data_of_one_scanned_program():
+    """Scanned equals unrolled, and a level more is no program more."""
+    block = Block(width=8, num_heads=2, mlp_dim=8)
+    plan = DeepStack(start=1, groups=6).apply(layers(block, 8), slots=3)
+    assert len({step.kind for step in plan}) == 2
+    stream = taps_stream([[-1, 0, 1, 2, -1, -1]])
+    taps = jnp.asarray(np.random.default_rng(1).normal(size=(6, 1, 3, 8)), jnp.float32)
+    stack = Stack(plan)
+    params = draw(jax.eval_shape(lambda k: stack.init(k, stream), jax.random.key(0))["params"])
+
+    def run(scan):
+        out = Stack(plan, scan=scan).apply({"params": params}, stream, None, {"taps": taps})
+        return out[0].hidden
+
+    scanned, unrolled = jax.jit(run, static_argnums=0)(True), jax.jit(run, static_argnums=0)(False)
+    np.testing.assert_allclose(scanned, unrolled, rtol=1e-5, atol=1e-6)
+    # By hand: added before layers 1 to 6, after all before them.
+    now = stream
+    for layer in range(8):
+        if 1 <= layer <= 6:
+            now = now.replace(hidden=now.hidden.at[:, 1:4].add(taps[layer - 1]))
+        row = jax.tree.map(lambda leaf, at=layer: leaf[at], params["layers"])
+        now, _, _ = Step(block).run(row, (), now, None, {})
+    np.testing.assert_allclose(scanned, now.hidden, **CLOSE)
+
+
+# The model.
+
+
+@pytest.fixture(scope="module")
+def setup():
+    """Two rows of two images, of which one is cut into 2 x 2 crops and the other into 1 x 3."""
+    config = registry.config("deepstack_tiny", num_images=2)
+    batch = random_batch(config)
+    batch["text_mask"][1, 10:] = False
+    batch["view_grid"] = np.array([[[2, 2], [1, 3]], [[1, 3], [2, 2]]], np.int32)
+    model, params = config.build(), draw(shapes(config))
+    run = jax.jit(lambda p, b: model.apply({"params": p}, b).hidden)
+    stream = jax.jit(lambda p, b: model.apply({"params": p}, b, None, method="stream"))
+    return config, model, params, batch, run, stream
+
+
+def test_zero_taps_are_plain_llava(setup):
+    """And the parameters are those of LLaVA, which knows nothing of crops."""
+    config, model, params, batch, run, stream = setup
+    plain = dataclasses.replace(config, policies=()).build()
+    embedded, memory = stream(params, batch)
+
+    @partial(jax.jit, static_argnums=0)
+    def rest(model, params, memory):
+        return model.bind({"params": params}).decoder.run(embedded, None, memory)[0].hidden
+
+    want = rest(plain, params, {})
+    without = rest(model, params, {})
+    zeros = rest(model, params, {"taps": jnp.zeros_like(memory["taps"])})
+    np.testing.assert_allclose(zeros, without, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(without, want, **CLOSE)  # whose layers are scanned
+    np.testing.assert_allclose(rest(model, params, memory), run(params, batch), **CLOSE)
+    assert np.abs(run(params, batch) - want).max() > 0.01
+    others = {name: leaf for name, leaf in batch.items() if name != "crops"}
+    ours, _ = jax.jit(lambda p, b: plain.apply({"params": p}, b, None, method="stream"))(
+        params, others
+    )
+    np.testing.assert_allclose(embedded.hidden, ours.hidden, **CLOSE)
+
+
+def test_groups_are_those_of_the_connected_crops(setup):
+    """For a connector that works token by token, it may come before or after the dealing."""
+    config, _, params, batch, _, stream = setup
+    _, memory = stream(params, batch)
+    plain = dataclasses.replace(config, policies=()).build()
+    crops = jnp.asarray(batch["crops"]).reshape(2, 8, 16, 16, 3)
+    encode = jax.jit(lambda p, x: plain.apply({"params": p}, x, method="encode_image"))
+    tokens = encode(params, crops).tokens.tokens
+    tokens = tokens.reshape(2, 2, 4, 16, -1)
+    want = deal(tokens, batch["view_grid"], side=(4, 4), groups=4, sampling="2d")
+    got = memory["taps"].reshape(4, 2, 2, 16, -1).transpose(1, 2, 0, 3, 4)
+    np.testing.assert_allclose(got, want, **CLOSE)
+    assert (np.asarray(got)[0, 1, 3] == 0).all()  # 1 x 3 crops make three groups
+
+
+def test_decoding_equals_recomputation(setup):
+    _, model, params, batch, run, _ = setup
+    whole = {k: v[:1] for k, v in batch.items() if k not in ("labels", "segments")}
+    logits = model.apply({"params": params}, run(params, whole), method="head")
+    prompt = {**whole, **{k: whole[k][:, :-ROOM] for k in ("ids", "text_mask")}}
+    got, cache = jax.jit(lambda p, b: model.apply({"params": p}, b, room=ROOM, method="prefill"))(
+        params, prompt
+    )
+    assert cache.memory == {}  # decoding never reads the groups
+    decode = jax.jit(lambda p, i, c: model.apply({"params": p}, i, c, method="decode"))
+    length = whole["ids"].shape[1]
+    for i in range(ROOM):
+        np.testing.assert_allclose(got, logits[:, -ROOM - 1 + i], **CLOSE)
+        got, cache = decode(params, whole["ids"][:, length - ROOM + i][:, None], cache)
+    np.testing.assert_allclose(got, logits[:, -1], **CLOSE)
+
+
+def test_a_row_does_not_see_its_neighbours(setup):
+    _, _, params, batch, run, _ = setup
+    got, valid = run(params, batch), batch["text_mask"].sum(1) + 2 * 16 - 2
+    for row in range(2):
+        alone = run(params, {k: v[[row, row]] for k, v in batch.items()})
+        np.testing.assert_allclose(got[row, : valid[row]], alone[0, : valid[row]], **CLOSE)
+
+
+def test_a_crop_changes_its_image_and_what_follows(setup):
+    """The second image's crops: tokens of the first image and before do not know of them."""
+    _, _, params, batch, run, _ = setup
+    first, second = 1, 1 + 16  # where the images begin: one token of text comes before them
+    other = {**batch, "crops": batch["crops"].copy()}
+    other["crops"][:, 1, 0] += 1
+    change = np.abs(np.asarray(run(params, other) - run(params, batch))).max(-1)
+    assert (change[:, :second] == 0).all() and (change[:, second:-2] > 0).all()
+    other["crops"][:, 0, 0] += 1
+    change = np.abs(np.asarray(run(params, other) - run(params, batch))).max(-1)
+    assert (change[:, :first] == 0).all() and (change[:, first:second] > 0).all()
+
+
+def test_gradients_reach_the_tower_through_the_groups(setup):
+    config, model, params, batch, _, _ = setup
+
+    def loss(params, crops):
+        _, memory = model.apply(
+            {"params": params}, {**batch, "crops": crops}, None, method="stream"
+        )
+        return jnp.mean(memory["taps"] ** 2)
+
+    grads, to_crops = jax.jit(jax.grad(loss, (0, 1)))(params, batch["crops"])
+    unread = {tuple(path.split("/")[1:]) for path in config.unread}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads["tower"]):
+        if tuple(key.key for key in path) not in unread:
+            assert np.abs(leaf).max() > 0, path
+    seen = np.abs(np.asarray(to_crops)).max((3, 4, 5)) > 0  # [B, M, V]
+    np.testing.assert_array_equal(seen[0], [[1, 1, 1, 1], [1, 1, 1, 0]])
+
+
+def test_any_connector_and_any_budget():
+    """Groups shrink with the budget; a static one and a masked one are the same."""
+    config = registry.config("deepstack_tiny", connector=MQT(num_queries=4, num_heads=2))
+    model, params, batch = config.build(), draw(shapes(config)), random_batch(config)
+
+    @partial(jax.jit, static_argnames="static")
+    def run(params, batch, masked=None, static=None):
+        budget = masked if static is None else static
+        stream, memory = model.apply({"params": params}, batch, budget, method="stream")
+        out = model.apply({"params": params}, batch, budget=budget)
+        return memory["taps"], out.hidden[:, -5:], stream.tokens.valid.sum(-1)
+
+    taps, cut, length = run(params, batch, static=2)
+    whole, masked, same = run(params, batch, masked=jnp.int32(2))
+    assert taps.shape[2] == 2 and whole.shape[2] == 4
+    np.testing.assert_allclose(taps, whole[:, :, :2], **CLOSE)
+    np.testing.assert_allclose(cut, masked, **CLOSE)
+    np.testing.assert_array_equal(length, same)
+
+
+def test_groups_from_levels_of_the_tower():
+    source = Levels((1, -1))
+    config = registry.config("llava_tiny", policies=(DeepStack(0, 1, 2, source),))
+    model, params, batch = config.build(), draw(shapes(config)), random_batch(config)
+    assert config.crops is None and "crops" not in batch
+
+    @jax.jit
+    def both(params, batch):
+        """What the model hands to its decoder, and the same by hand."""
+        _, memory = model.apply({"params": params}, batch, None, method="stream")
+        tower, own = config.tower.build(), config.connector.build(16, 24, (4, 4))
+        features = tower.apply({"params": params["tower"]}, batch["pixels"], taps=(1, 3))
+        want = []
+        for number, layer in enumerate((1, 3)):
+            vision = features.replace(tokens=features.taps[layer][..., 1:, :])
+            level = {"params": params["taps"][f"levels_{number}"]}
+            want.append(own.apply(level, vision).tokens.tokens[:, 0])
+        return memory["taps"], jnp.stack(want)
+
+    np.testing.assert_allclose(*both(params, batch), **CLOSE)
+
+
+def test_newlines_and_blends_are_laid_out_in_every_level():
+    """A newline is its own tap; where slots blend four tokens, so do their taps."""
+    config = registry.config("deepstack_tiny", newline=True, num_images=5, num_slots=88)
+    model, params, batch = config.build(), draw(shapes(config)), random_batch(config, 1)
+    batch["ids"][:, 2:6] = 7  # one placeholder for all five tiles
+    size = (32, 32)
+    run = jax.jit(lambda b: model.apply({"params": params}, b, None, method="stream"))
+    reading = tiling.anyres(size, [size], tile=16, grid=(4, 4))
+    stream, memory = run({**batch, **tiling.pack([[reading]], tokens=16)})
+    assert stream.slots == 16 + 8 * 9 and memory["taps"].shape == (4, 1, 5 * 16 + 1, 24)
+    np.testing.assert_array_equal(
+        memory["taps"][:, 0, -1], np.broadcast_to(params["newline"], (4, 24))
+    )
+    plain = memory["taps"]
+    reading = tiling.anyres(size, [size], tile=16, grid=(4, 4), max_tiles=1)
+    places = tiling.pack([[reading]], tokens=16)
+    stream, memory = run({**batch, **places})
+    mixed = np.einsum(
+        "sk,gskd->gsd", places["blend"][0], np.asarray(plain)[:, 0, places["layout"][0]]
+    )
+    np.testing.assert_allclose(memory["taps"][:, 0], mixed, **CLOSE)
+
+
+def test_what_does_not_go_together_is_refused():
+    tiny = registry.config("deepstack_tiny")
+    change = partial(dataclasses.replace, tiny)
+    with pytest.raises(ValueError, match=r"no layers \[6\]; the plan has layers 0 to 5"):
+        change(policies=(DeepStack(start=3),))
+    with pytest.raises(ValueError, match=r"hidden states \[5\]: the tower has 0 to 3"):
+        change(policies=(DeepStack(groups=2, source=Levels((2, 5))),))
+    with pytest.raises(ValueError, match="groups = 4: want one for each of the layers"):
+        DeepStack(source=Levels((1, 2)))
+    with pytest.raises(ValueError, match="makes 16 tokens of an image, which are added to 4"):
+        change(connector=MQT(4, 2), policies=(DeepStack(groups=1, source=Levels((2,))),))
+    with pytest.raises(ValueError, match="one at most that makes taps"):
+        change(policies=(DeepStack(groups=2), DeepStack(groups=3)))
+    with pytest.raises(ValueError, match="one at most that sees crops"):
+        change(tower=DeepStackV(**dataclasses.asdict(tiny.tower)))
+    with pytest.raises(ValueError, match="keep_class"):
+        change(keep_class=True)
+    with pytest.raises(ValueError, match="interval = 0"):
+        DeepStack(interval=0)
+
+    model, batch = tiny.build(), random_batch(tiny)
+    init = partial(jax.eval_shape, model.init, jax.random.key(0))
+    with pytest.raises(ValueError, match="needs crops: 4 of each image"):
+        init({k: v for k, v in batch.items() if k != "crops"})
+    with pytest.raises(ValueError, match=r"crops: got \(2, 1, 3"):
+        init({**batch, "crops": batch["crops"][:, :, :3]})
+    three = change(policies=(DeepStack(groups=3),))
+    batch = {k: v for k, v in random_batch(three).items() if k != "view_grid"}
+    with pytest.raises(ValueError, match="3 crops are no square: want the rows and columns"):
+        jax.eval_shape(three.build().init, jax.random.key(0), batch)
+
+
+# The tower that adds groups within itself.
+
+
+def test_a_tower_that_sees_crops():
+    """Up to `start` it is the plain tower; from there on it knows of the crops."""
+    sizes = {"image_size": 16, "patch_size": 4, "width": 16, "depth": 4, "num_heads": 2}
+    sizes["mlp_dim"] = 32
+    config, plain = DeepStackV(**sizes), ViTConfig(**sizes)
+    assert config.first == 2
+    llava = registry.config("llava_tiny", tower=config)
+    batch, params = random_batch(llava), draw(shapes(llava))
+    views = np.concatenate([batch["pixels"][:, :, None], batch["crops"]], 2)
+
+    @jax.jit
+    def run(params, views):
+        own, taps = {"params": params["tower"]}, (0, 1, 2, 3)
+        got = config.build().apply(own, views, taps=taps)
+        stopped = config.build().apply(own, views, taps=(3,), stop_after=3)
+        want = plain.build().apply(own, views, taps=(0, 1, 2), stop_after=2)
+        images = {"pixels": views[:, :, 0], "crops": views[:, :, 1:]}
+        visual = llava.build().apply({"params": params}, **images, method="encode_image")
+        vision = got.replace(tokens=got.taps[3][..., 1:, :])
+        read = llava.build().apply({"params": params}, method=lambda m: m.connector(vision))
+        tokens = visual.tokens.tokens, read.tokens.tokens
+        return got.taps, stopped.taps[3], want.taps, tokens
+
+    got, stopped, want, tokens = run(params, views)
+    for layer in (0, 1):
+        np.testing.assert_allclose(got[layer], want[layer][:, :, 0], **CLOSE)
+    grid = jnp.array([2, 2])
+    groups = deal(want[2][:, :, 1:, 1:], grid, side=(4, 4), groups=4, sampling="2d")
+    np.testing.assert_allclose(got[2][:, :, 1:], want[2][:, :, 0, 1:] + groups[:, :, 0], **CLOSE)
+    np.testing.assert_allclose(got[2][:, :, 0], want[2][:, :, 0, 0], **CLOSE)  # the class token
+    np.testing.assert_allclose(stopped, got[3], **CLOSE)
+    np.testing.assert_allclose(*tokens, **CLOSE)
+    with pytest.raises(ValueError, match="start = 4: the tower has layers 0 to 3"):
+        DeepStackV(**sizes, start=4)
+
+
+# Figures.
+
+
+def test_figures_of_the_paper():
+    """Five views at the price of one sequence: the parameters and the decoder are LLaVA-1.5's."""
+    plain = zoo.cost("deepstack_l_vicuna_7b", policies=())
+    stacked = zoo.cost("deepstack_l_vicuna_7b")
+    within = zoo.cost("deepstack_v_vicuna_7b")
+    assert stacked.params == plain.params == within.params
+    assert stacked.params["total"] == 7_062_902_784
+    assert stacked.vision_tokens == plain.vision_tokens == 576
+    assert stacked.flops["prefill"] == plain.flops["prefill"]
+    assert stacked.flops["decode_step"] == plain.flops["decode_step"]
+    assert stacked.kv_bytes == plain.kv_bytes
+    assert stacked.flops["encode"].total == 5 * plain.flops["encode"].total
+    # Layers 0 to 11 see five views, layers 12 to 22 one.
+    connect = 2 * 576 * (1024 * 4096 + 4096 * 4096)
+    patch = 2 * 576 * 3 * 14 * 14 * 1024
+    layer = (plain.flops["encode"].total - connect - patch) // 23
+    assert within.flops["encode"].total == 5 * patch + (5 * 12 + 11) * layer + connect
+    assert zoo.cost("deepstack_l_hd_vicuna_7b").vision_tokens == 2928
+
+
+def test_the_key_table_is_that_of_llava():
+    entry = registry.entry("deepstack")
+    found = {}
+    for name, config in entry.variants.items():
+        found[name] = set(entry.table(config).shapes(nn.unbox(shapes(config))))
+    plain, hd, within = (found[f"deepstack_{kind}_vicuna_7b"] for kind in ("l", "l_hd", "v"))
+    assert plain == within and hd - plain == {"model.image_newline"}
+    assert {"model.mm_projector.0.weight", "model.mm_projector.2.bias"} <= plain
