@@ -25,6 +25,7 @@ token that decoding skips at p < 0.5 runs in a whole pass at p > 0.005. With `de
 equal to `threshold`, and `without_cache="infer"`, it does.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,11 +42,12 @@ from zoo.models.core.registry import register
 from zoo.models.core.types import IGNORE, IMAGE, KV, Array, Aux, Memory, Stream, Tokens, take
 from zoo.models.parts.assemblies.llava import LlavaConfig, llava_table
 from zoo.models.parts.assemblies.llava_hub import projector_rows
-from zoo.models.parts.decoders.gqa import DecoderConfig, Plan
+from zoo.models.parts.decoders.gqa import DecoderConfig, Plan, decoder_table
 from zoo.models.parts.decoders.policies import wrap
 from zoo.models.parts.layers.linear import Proj, uniform
 from zoo.models.parts.layers.plan import LayerPolicy, Run
 from zoo.models.parts.layers.selection import pick, put
+from zoo.models.parts.towers.coupled import CoupledConfig, coupled_table
 from zoo.models.parts.towers.vit import ViTConfig
 
 CARD = Card(
@@ -347,9 +349,18 @@ def published_flops(
     return dense * layer(tokens) + (depth - dense) * layer(int(tokens * (1 - skipped)))
 
 
+# A prefill computes what training does: half of the prefix at most.
+_PUBLISHED = (GammaMoD(capacity=0.5),)
+_HR = LlavaConfig(tower=CoupledConfig(), vision_layer=None, policies=_PUBLISHED)
+
 VARIANTS = {
-    # Sizes of LLaVA-1.5 7B. A prefill computes what training does: half of the prefix at most.
-    "gamma_mod_llava_7b": LlavaConfig(policies=(GammaMoD(capacity=0.5),)),
+    # Sizes of LLaVA-1.5 7B, and of YaxinLuo/Gamma-MoD-llava-hr-{7b,13b}, with Vicuna v1.5.
+    "gamma_mod_llava_7b": LlavaConfig(policies=_PUBLISHED),
+    "gamma_mod_llava_hr_7b": _HR,
+    "gamma_mod_llava_hr_13b": dataclasses.replace(
+        _HR,
+        decoder=DecoderConfig(width=5120, depth=40, num_heads=40, num_kv_heads=40, mlp_dim=13_824),
+    ),
     "gamma_mod_tiny": LlavaConfig(
         tower=ViTConfig(image_size=16, patch_size=4, width=16, depth=3, num_heads=2, mlp_dim=32),
         decoder=DecoderConfig(
@@ -370,11 +381,17 @@ def router_rows(layers: Sequence[int]) -> Table:
 
 
 def table(config: LlavaConfig) -> Table:
-    """Keys of the official checkpoints: those of LLaVA-1.5, and the router of every layer."""
+    """Keys of the official checkpoints: those of LLaVA-1.5 or LLaVA-HR, and the router of every
+    layer.
+    """
     [policy] = [each for each in config.policies if isinstance(each, GammaMoD)]
     projector = projector_rows(bias=config.connector.bias, keys=("0", "2"))
-    rows = llava_table(config) + projector.under("connector", "model.mm_projector.")
-    return rows + router_rows(policy.chosen(config.decoder.depth)).under("decoder")
+    rows = projector.under("connector", "model.mm_projector.")
+    rows += router_rows(policy.chosen(config.decoder.depth)).under("decoder")
+    if isinstance(config.tower, CoupledConfig):
+        tower = coupled_table(config.tower).under("tower", "model.vision_tower.")
+        return rows + tower + decoder_table(config.decoder).under("decoder")
+    return rows + llava_table(config)
 
 
 register(CARD, VARIANTS, table=table)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import struct
 
+import zoo
 from tests.models import toy
 from tests.models.draw import draw
 from zoo.models.core import registry
@@ -95,6 +96,22 @@ def test_published_flops():
         if model == "LLaVA-HR-13B":
             printed = [*printed[:2], 18.3]  # 18.346, which the paper prints as 18.4
         assert [round(n, 1) for n in got] == printed
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "images"),
+    [("gamma_mod_llava_7b", 800, 576), ("gamma_mod_llava_hr_7b", 1400, 1024)],
+)
+def test_cost_of_the_bounded_variants(name, tokens, images):
+    """The prefix is the image and 35 more; the tables count neither head nor router."""
+    found = zoo.cost(name, text_tokens=tokens - images)
+    skipped = (images + 35) // 2
+    head, routers = 2 * tokens * 4096 * 32_000, 28 * 2 * tokens * 4096 * 2
+    want = published_flops(4096, 11_008, 32, tokens, skipped / tokens)
+    assert found.flops["prefill"].total - head - routers == want
+    assert found.params["decoder"] == 6_738_415_616 + 2 * 4096
+    whole, part = tokens * 16_384, (tokens - skipped) * 16_384
+    assert found.kv_bytes["per_layer"] == [whole] * 3 + [part] * 28 + [whole]
 
 
 def test_scanned_equals_unrolled(case):
@@ -253,6 +270,42 @@ def test_mini_gemini_decodes_every_token_at_its_place_in_the_whole():
     assert tokens.valid[:, PROMPT:].all() and not tokens.valid[0, :PROMPT].all()
     want = toy.stream(TOTAL).tokens.position[:, PROMPT:]
     np.testing.assert_array_equal(tokens.position[:, PROMPT:], want)
+
+
+def test_a_prompt_without_picture_beside_one_with():
+    config = registry.config("gamma_mod_tiny")
+    model = config.build()
+    params = draw(jax.eval_shape(model.init, jax.random.key(0), config.inputs(1))["params"])
+    ids = np.random.default_rng(0).integers(4, 320, (2, 12)).astype(np.int32)
+    ids[0, 1] = ids[1, -1] = config.image_id
+    mask = np.ones((2, 12), bool)
+    mask[1, -1] = False
+    pixels = jax.random.normal(jax.random.key(1), (2, 1, 16, 16, 3))
+    prefill = jax.jit(
+        lambda batch: model.apply({"params": params}, batch, room=1, method="prefill")[0]
+    )
+    whole = jax.jit(lambda batch: model.apply({"params": params}, batch).hidden)
+    both = {"ids": ids, "text_mask": mask, "pixels": pixels}
+    alone = {"ids": ids[1:, :-1], "text_mask": mask[1:, :-1]}
+    close(prefill(both)[1:], prefill(alone))
+    close(whole(both)[1:, :11], whole(alone))
+
+
+def test_questions_side_by_side():
+    """Each of two questions about one picture gets in training what it gets alone."""
+    stream, tail = toy.stream(TOTAL), TOTAL - 4
+    segment = jnp.asarray([[0] * (TOTAL - 8) + [1] * 4 + [2] * 4] * toy.BATCH)
+    tokens = Tokens.sequence(stream.tokens.valid, segment=segment)
+    tokens = tokens.replace(modality=stream.tokens.modality)
+    run = jax.jit(stack_of(TRAIN).apply)
+    both, _, _ = run(PARAMS, stream.replace(tokens=tokens))
+    kept = np.r_[: TOTAL - 8, tail:TOTAL]
+    hidden, tokens = jax.tree.map(lambda leaf: leaf[:, kept], (stream.hidden, stream.tokens))
+    alone = Tokens.sequence(tokens.valid).replace(modality=tokens.modality)
+    last, _, _ = run(PARAMS, Stream(hidden, alone, toy.SLOTS))
+    real = np.asarray(tokens.valid)[:, -4:]
+    assert real.sum() == 7
+    close(np.asarray(both.hidden)[:, -4:][real], np.asarray(last.hidden)[:, -4:][real])
 
 
 def test_text_alone_in_training():

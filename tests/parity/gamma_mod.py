@@ -16,8 +16,6 @@ from zoo.models.parts.decoders.gqa import DecoderConfig, decoder_table
 from zoo.models.parts.layers.rope import RopeConfig
 from zoo.models.parts.layers.stack import Stack
 
-TEXT_PREFIX = 35
-
 
 def run(case: Case) -> dict[str, np.ndarray]:
     """Every recorded output, from our module and the recorded weights."""
@@ -31,12 +29,13 @@ def _trained(case: Case) -> dict[str, np.ndarray]:
     """One layer in training: its output, what it selected, and gradients."""
     hidden = jnp.asarray(case.inputs["hidden_states"])
     prefix, length = case.kwargs["image_and_instruction_prefix"], hidden.shape[1]
-    slots = prefix - TEXT_PREFIX if length > prefix else 0
+    text = min(35, prefix - 1)
+    slots = prefix - text if length > prefix else 0
     tokens = Tokens.sequence(jnp.asarray(case.inputs["attention_mask"]))
     image = jnp.broadcast_to(jnp.arange(length) < slots, tokens.valid.shape)
     tokens = tokens.replace(modality=jnp.where(image, IMAGE, tokens.modality))
     stream = Stream(hidden, tokens, slots)
-    stack, table, params = _layer(case, GammaMoD(layers=(0,), text_prefix=TEXT_PREFIX))
+    stack, table, params = _layer(case, GammaMoD(layers=(0,), text_prefix=text))
 
     def forward(params: Any) -> tuple[jax.Array, Any]:
         out, _, _ = stack.apply({"params": params["stack"]}, stream)

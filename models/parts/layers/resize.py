@@ -1,4 +1,4 @@
-"""Resampling of grids with the arithmetic of `torch.nn.functional.interpolate` with
+"""Resampling of grids with the arithmetic of `torch.nn.functional.interpolate`, by default with
 `align_corners=False` (`jax.image` differs): every method is one matrix per axis.
 """
 
@@ -29,10 +29,14 @@ def resize_bicubic(x: Array, height: int, width: int, *, antialias: bool = False
     return _resize(x, height, width, bicubic_matrix)
 
 
-def resize_bilinear(x: Array, height: int, width: int, *, antialias: bool = False) -> Array:
+def resize_bilinear(
+    x: Array, height: int, width: int, *, antialias: bool = False, align_corners: bool = False
+) -> Array:
     """Resize [..., h, w, D] to [..., height, width, D] with linear weights; `antialias` widens the
-    filter where the grid shrinks.
+    filter where the grid shrinks, `align_corners` keeps the corners where they are.
     """
+    if align_corners:
+        return _resize(x, height, width, aligned_matrix)
     if antialias:
         triangle = functools.partial(_filtered, lambda x: np.maximum(1 - np.abs(x), 0), 1.0)
         return _resize(x, height, width, triangle)
@@ -69,6 +73,14 @@ def bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
 def bilinear_matrix(size_in: int, size_out: int) -> np.ndarray:
     """As `bicubic_matrix`, with linear weights."""
     centre = np.maximum((np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5, 0)
+    first = np.floor(centre)
+    return _gathered([(first, 1 - centre + first), (first + 1, centre - first)], size_in)
+
+
+@functools.lru_cache(maxsize=64)
+def aligned_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """As `bilinear_matrix`, the first and the last cell staying where they are."""
+    centre = np.arange(size_out) * ((size_in - 1) / max(size_out - 1, 1))
     first = np.floor(centre)
     return _gathered([(first, 1 - centre + first), (first + 1, centre - first)], size_in)
 
