@@ -11,11 +11,8 @@ import argparse
 import functools
 import json
 import os
-import platform
-import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.timing import Runs, machine, take_turns, timed
 from tests.live.reference import state_of, timm, torch, transformers
 from zoo.models.core.config import ModelConfig
 from zoo.models.core.hf import Fields
@@ -36,33 +34,13 @@ from zoo.models.parts.layers.stack import unstack
 
 PROMPT, NEW = 512, 32
 
-Runs = dict[str, Callable[[], float]]
-"""Every contestant, as a function that runs once and returns the seconds that it took."""
 
-
-def take_turns(runs: Runs, rounds: int) -> dict[str, Any]:
-    """The fastest and the median seconds of each in `rounds` turns, and the ratios to "zoo"."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()  # compiles, warms up
-    for _ in range(rounds):
-        for name, run in runs.items():
-            seconds[name].append(run())
-    best = {name: min(times) for name, times in seconds.items()}
-    middle = {name: statistics.median(times) for name, times in seconds.items()}
+def compare(runs: Runs, rounds: int) -> dict[str, Any]:
+    """What `take_turns` finds, and how many times faster "zoo" is than each of the others."""
+    found = take_turns(runs, rounds)
+    best = found["seconds"]
     ratios = {name: round(best[name] / best["zoo"], 2) for name in runs if name != "zoo"}
-    return {"seconds": best, "median_seconds": middle, "times_faster_than": ratios}
-
-
-def timed(run: Callable[[], Any]) -> Callable[[], float]:
-    """`run` as one of `Runs`."""
-
-    def once() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        return time.perf_counter() - start
-
-    return once
+    return {**found, "times_faster_than": ratios}
 
 
 def ours(config: ModelConfig, table: Table, original: torch.nn.Module) -> tuple[nn.Module, Any]:
@@ -89,7 +67,7 @@ def vit(rounds: int, batch: int = 8) -> dict[str, Any]:
             "timm": timed(lambda: theirs(image)),
             "transformers": timed(lambda: hf(pixel_values=image)),
         }
-        return {"batch": batch, "largest_error": float(error), **take_turns(runs, rounds)}
+        return {"batch": batch, "largest_error": float(error), **compare(runs, rounds)}
 
 
 def decoder(rounds: int) -> dict[str, Any]:
@@ -156,8 +134,8 @@ def decoder(rounds: int) -> dict[str, Any]:
             "prompt": PROMPT,
             "new_tokens": NEW,
             "largest_error": float(error),
-            "prefill": take_turns(first, rounds),
-            "decode": take_turns(then, rounds),
+            "prefill": compare(first, rounds),
+            "decode": compare(then, rounds),
         }
 
 
@@ -171,12 +149,7 @@ def main() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     parts = {"vit_b16": vit, "decoder": decoder}
     found: dict[str, Any] = {
-        "cores": len(os.sched_getaffinity(0)),
-        "cpu": cpu_name(),
-        "versions": {
-            "python": platform.python_version(),
-            **{m.__name__: m.__version__ for m in (jax, torch, transformers, timm)},
-        },
+        **machine(jax, torch, transformers, timm),
         "dtype": "float32",
     }
     for name, run in parts.items():
@@ -186,15 +159,6 @@ def main() -> None:
     print(text)
     if args.out:
         args.out.write_text(text, encoding="utf-8")
-
-
-def cpu_name() -> str:
-    """What the machine calls its processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
 
 
 if __name__ == "__main__":

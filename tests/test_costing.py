@@ -4,11 +4,14 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import zoo
 from zoo.costing import Flops, main, measure
 from zoo.models.core.errors import UsageError
+from zoo.models.decoders.gamma_mod import GammaMoD
+from zoo.models.decoders.p_mod import PMoD
 from zoo.models.parts.assemblies.llava import LlavaConfig
 
 TEXT = 58
@@ -69,6 +72,26 @@ def test_a_smaller_budget_costs_less():
         assert (
             found.flops["prefill"].weights == LAYERS * n * (8 * D * D + 6 * D * M) + 2 * n * D * V
         )
+
+
+def test_layers_keep_what_they_run():
+    """Policies that skip tokens: FLOPs and caches of a prefill count the places that they keep."""
+    text, slots, place = 7, 16, 2 * 2 * 6 * 4  # keys and values of two heads of six in float32
+    found = zoo.cost("p_mod_tiny", text_tokens=text, dtype="float32")
+    ratios = [PMoD().ratios(6).get(layer, 1.0) for layer in range(6)]
+    kept = [text + int(np.float32(slots) * np.float32(ratio)) for ratio in ratios]
+    assert min(kept) < text + slots / 2
+    assert found.kv_bytes["per_layer"] == [n * place for n in kept]
+    d, m, v = 24, 32, 320
+    layers = sum(2 * n * d * (2 * d + 2 * 12 + 3 * m) for n in kept)
+    routers = 2 * d * (text + slots) * sum(ratio < 1 for ratio in ratios)
+    assert found.flops["head"].weights == 2 * (text + slots) * d * v
+    assert found.flops["prefill"].weights == layers + routers + found.flops["head"].weights
+
+    policy = GammaMoD(text_prefix=2, capacity=0.5)  # of 18 tokens half may be left out
+    found = zoo.cost("gamma_mod_tiny", text_tokens=text, dtype="float32", policies=(policy,))
+    kept = [text + slots - 9 * (layer in policy.chosen(6)) for layer in range(6)]
+    assert found.kv_bytes["per_layer"] == [n * place for n in kept]
 
 
 def test_text_alone():

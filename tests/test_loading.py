@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields, replace
 from errno import ENOSPC
 
 import flax.linen as nn
@@ -16,6 +17,8 @@ from tests.models.draw import draw
 from zoo import saving
 from zoo.convert.convert import convert
 from zoo.convert.place import flat_paths
+from zoo.convert.transfer import plan_transfer
+from zoo.models.connectors.deepstack import DeepStackV
 from zoo.models.connectors.mqt import CARD, MQT
 from zoo.models.core.errors import UsageError, ZooError
 from zoo.models.core.registry import base_of
@@ -259,6 +262,17 @@ def test_a_run_into_another_model_and_saved_again(parts, saved, tmp_path):
     without = zoo.load(again, policies=())
     assert jax.tree.all(jax.tree.map(np.array_equal, without.params, params))
     assert set(without.about["unused"]) == ROUTERS
+
+
+def test_a_part_of_a_subclass_takes_what_fits():
+    config = config_of(LLAVA)
+    tower = DeepStackV(**{f.name: getattr(config.tower, f.name) for f in fields(config.tower)})
+    for old, new in (
+        (config, replace(config, tower=tower)),
+        (replace(config, tower=tower), config),
+    ):
+        plan = plan_transfer(old, new, "somewhere")
+        assert not plan.new and not plan.unused
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,17 @@ from PIL import Image
 from tests.conftest import REPO
 
 NOTEBOOKS = sorted((REPO / "colabs").glob("*.ipynb"))
+FEW = """
+STEPS, PICTURES, VALIDATION_PICTURES, OUT = 2, 16, 2, "run"
+
+from dataclasses import replace
+from zoo.configs import digits_vqa
+
+tiny = digits_vqa.config()
+tower, optim = replace(tiny.model.tower, depth=1), replace(tiny.optim, name="adamw")
+tiny = replace(tiny, model=replace(tiny.model, tower=tower), optim=optim, batch_size=4)
+digits_vqa.config = lambda: tiny
+"""
 TINY = {
     "01_quickstart.ipynb": """
 STEPS, PICTURES, VALIDATION_PICTURES, OUT = 3, 24, 8, "run"
@@ -28,22 +39,15 @@ MODEL, WORK = None, "run"
 
 import tests.live.reference  # declares what a torchvision for the CPU lacks
 """,
-    "05_deepstack.ipynb": """
-STEPS, PICTURES, VALIDATION_PICTURES, OUT = 2, 16, 2, "run"
-
-from dataclasses import replace
-from zoo.configs import digits_vqa, digits_vqa_tiny
-
-tiny = digits_vqa_tiny.config()
-tiny = replace(tiny, eval_examples=0, model=digits_vqa.config().model)
-digits_vqa.config = lambda: tiny
-""",
+    "04_mixture_of_depths.ipynb": FEW,
+    "05_deepstack.ipynb": FEW,
 }
 """What stands in the cell with parameters when the tests run it."""
 
 PICTURES = {
     "01_quickstart.ipynb": [True, True, False],
     "02_convert_and_generate.ipynb": [False],
+    "04_mixture_of_depths.ipynb": [True, True],
     "05_deepstack.ipynb": [True, True, True],
 }
 """Of the pictures that each shows, whether they are wide."""

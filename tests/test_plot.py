@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from zoo.models.core.errors import ZooError
-from zoo.plot import Sample, accuracy_figure, answers_figure, save
+from zoo.plot import Sample, accuracy_figure, answers_figure, kept_patches_figure, save
 
 OVERALL = {1: 0.05, 4: 0.5, 16: 0.9}
 BY_KIND = {"reading": {1: 0.1, 4: 0.2, 16: 0.8}, "counting": {1: 0.0, 4: 0.8, 16: 1.0}}
@@ -54,6 +54,23 @@ def test_answers_are_marked():
         *("1 token", "3", "✗"),
         *("16 tokens", "7", "✓"),
     ]
+
+
+def test_kept_patches_are_seen_and_the_others_veiled():
+    kept = np.ones((3, 6), bool)
+    kept[2, [0, 4]] = False
+    picture = np.zeros((8, 12, 3), np.uint8)
+    figure = kept_patches_figure(picture, (2, 3), kept, title="The title", columns=2)
+    assert figure.get_suptitle() == "The title"
+    shown = [axes for axes in figure.axes if axes.images]
+    titles = [axes.get_title(loc="left") for axes in shown]
+    assert titles == ["layer 0: 6", "layer 1: 6", "layer 2: 4"]
+    below, above = shown[2].images
+    assert tuple(below.get_extent()) == tuple(above.get_extent()) == (0, 12, 8, 0)
+    veil = np.asarray(above.get_array())[..., 3]
+    assert (veil > 0).tolist() == [[True, False, False], [False, True, False]]
+    with pytest.raises(ValueError, match=r"want \[layers, 6\]"):
+        kept_patches_figure(picture, (2, 3), kept[:, :5], title="")
 
 
 @pytest.mark.filterwarnings("error")

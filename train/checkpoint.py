@@ -1,10 +1,13 @@
 """Checkpoints that are either whole or not there.
 
-`checkpoints/<step>/` holds what Orbax writes for `params`, `opt_state`, `data` (the place in the
-data) and `rest` (step and random key), and at last `manifest.json` with the length and SHA-256 of
-every file. Orbax alone does not notice a flipped bit in an array; here a checkpoint without a
-manifest is unfinished, and one that differs from it is damaged. Neither is restored: both are set
-aside, and removed when a later good one exists.
+`checkpoints/<step>/` holds what Orbax writes for `params` (those that train), `average` (where
+there is one), `opt_state`, `data` (the place in the data) and `rest` (step and random key), and at
+last `manifest.json` with the length and SHA-256 of every file. Orbax alone does not notice a
+flipped bit in an array; here a checkpoint without a manifest is unfinished, and one that differs
+from it is damaged. Neither is restored: both are set aside, and removed when a later good one
+exists.
+
+`checkpoints/frozen/`, where some parameters do not train, holds these once for all checkpoints.
 """
 
 import contextlib
@@ -27,7 +30,7 @@ from zoo.whole import check, write_manifest
 
 OVERHEAD = 1_000_000
 """Bytes, at most, of what a checkpoint holds beside its arrays: some dozens of small files."""
-_SET_ASIDE = "damaged"
+_SET_ASIDE, _FROZEN = "damaged", "frozen"
 
 # Orbax lets the devices that hold copies of an array write a slice of it each, which compiles a
 # program per slice and shape: seconds for a model of kilobytes. Only large arrays are worth it.
@@ -59,6 +62,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False),
             item_handlers={
                 "params": ocp.PyTreeCheckpointHandler(type_handler_registry=_ARRAYS),
+                "average": ocp.PyTreeCheckpointHandler(type_handler_registry=_ARRAYS),
                 "opt_state": ocp.PyTreeCheckpointHandler(type_handler_registry=_ARRAYS),
                 "data": grain.checkpoint.CheckpointHandler(),
                 "rest": ocp.JsonCheckpointHandler(),
@@ -79,17 +83,22 @@ class Checkpoints:
         step = int(state.step)
         path = self.folder / str(step)
         rest = {"step": step, "key": np.asarray(state.key).tolist()}
+        trees = {"params": state.params, "opt_state": state.opt_state}
+        if state.average is not None:
+            trees["average"] = state.average
         args = ocp.args.Composite(
-            params=ocp.args.PyTreeSave(state.params),
-            opt_state=ocp.args.PyTreeSave(state.opt_state),
+            **{name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()},
             data=grain.checkpoint.CheckpointSave(data),
             rest=ocp.args.JsonSave(rest),
         )
+        once = state.frozen if state.frozen and not self._frozen.exists() else {}
         free = shutil.disk_usage(self.folder).free
-        if free < nbytes((state.params, state.opt_state)) + OVERHEAD:
+        if free < nbytes((trees, once)) + OVERHEAD:
             raise self._failed(step, f"the disk is full ({free / 1e6:.1f} MB left)")
         try:
             with _quiet():
+                if once:
+                    self._save_frozen(once)
                 self._manager.save(step, args=args, force=True)
             write_manifest(path)
         except Exception as error:  # Orbax and TensorStore raise many sorts for a failed write
@@ -107,15 +116,18 @@ class Checkpoints:
           ZooError: it does not fit the model or cannot be read.
         """
         path = self.folder / str(self.newest)
+        trees = {"params": abstract.params, "opt_state": abstract.opt_state}
+        if abstract.average is not None:
+            trees["average"] = abstract.average
         args = ocp.args.Composite(
-            params=_restore_onto(abstract.params),
-            opt_state=_restore_onto(abstract.opt_state),
+            **{name: _restore_onto(tree) for name, tree in trees.items()},
             data=grain.checkpoint.CheckpointRestore(data),
             rest=ocp.args.JsonRestore(),
         )
         try:
             with _quiet():
                 found = self._manager.restore(self.newest, args=args)
+                frozen = self._restore_frozen(abstract.frozen) if abstract.frozen else {}
         except ZooError:
             raise
         except Exception as error:
@@ -127,6 +139,8 @@ class Checkpoints:
         return TrainState(
             step=put(found["rest"]["step"], abstract.step),
             params=found["params"],
+            frozen=frozen,
+            average=found["average"] if "average" in trees else None,
             opt_state=found["opt_state"],
             key=put(found["rest"]["key"], abstract.key),
             fault=put(HEALTHY, abstract.fault),
@@ -136,6 +150,28 @@ class Checkpoints:
         """Let go of what Orbax holds. A failed save, already reported, is not reported again."""
         with _quiet(), contextlib.suppress(Exception):
             self._manager.close()
+
+    @property
+    def _frozen(self) -> Path:
+        return self.folder / _FROZEN
+
+    def _save_frozen(self, frozen: Any) -> None:
+        """Write what never changes; it is there as a whole or not at all."""
+        new = self.folder / f".{_FROZEN}.new"
+        shutil.rmtree(new, ignore_errors=True)
+        with _frozen_checkpointer() as checkpointer:
+            checkpointer.save(new, args=ocp.args.PyTreeSave(frozen))
+        write_manifest(new)
+        new.rename(self._frozen)
+
+    def _restore_frozen(self, abstract: Any) -> Any:
+        if problem := check(self._frozen):
+            raise ZooError(
+                f"the frozen parameters in {self._frozen} cannot be used: {problem}; bring the "
+                "folder back, or begin again in another output folder"
+            )
+        with _frozen_checkpointer() as checkpointer:
+            return checkpointer.restore(self._frozen, args=_restore_onto(abstract))
 
     def _failed(self, step: int, why: str) -> ZooError:
         last = "there is none before it"
@@ -164,12 +200,13 @@ class Checkpoints:
                 f"checkpoint {self.folder / str(step)} cannot be used: {problem}. Moved to "
                 f"{aside}; falling back to {instead}"
             )
+        shutil.rmtree(self._frozen, ignore_errors=True)  # whose first checkpoint is not there
         return None
 
     def _remove_unfinished(self) -> None:
         """Remove what saves left that did not come as far as their final name."""
         for path in self.folder.iterdir():
-            if ".orbax-checkpoint-tmp" in path.name:
+            if ".orbax-checkpoint-tmp" in path.name or path.name == f".{_FROZEN}.new":
                 shutil.rmtree(path, ignore_errors=True)
 
     def _prune(self) -> None:
@@ -179,6 +216,10 @@ class Checkpoints:
         aside = self.folder / _SET_ASIDE
         if aside.exists() and max(_steps(aside), default=0) <= (self.newest or 0):
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _frozen_checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=_ARRAYS))
 
 
 def _restore_onto(abstract: Any) -> ocp.args.PyTreeRestore:

@@ -16,9 +16,10 @@ import tyro
 
 from zoo.models.core.codec import encode
 from zoo.models.core.errors import UsageError
-from zoo.train.config import Experiment
+from zoo.train.config import Experiment, Recipe, Start
 
-_USAGE = """usage: zoo train CONFIG [--out DIR] [--data-dir DIR] [--json] [--dotted.field VALUE ...]
+_USAGE = """usage: zoo train CONFIG [--out DIR] [--from SOURCE] [--data-dir DIR] [--json]
+                [--dotted.field VALUE ...]
        zoo train --list [--json]
 
 CONFIG is the name of a configuration of the package, or a file of yours such as mine.py.
@@ -30,16 +31,26 @@ class Command:
     """Train by a configuration. The same command continues a run that was interrupted.
 
     Attributes:
-      experiment: the configuration.
+      config: the configuration.
       out: folder of the run; `runs/<name of the configuration>` by default.
+      source: folder of a run or a checkpoint, or the name of one on the hub, whose parameters
+        training starts with; in place of what the configuration says.
       data_dir: where data sets are prepared; in the user's cache by default.
       json: print the outcome as one JSON object, and nothing else, to standard output.
     """
 
-    experiment: Annotated[Experiment, tyro.conf.arg(name="")]
+    config: Annotated[Experiment, tyro.conf.arg(name="")]
     out: Path | None = None
+    source: Annotated[str | None, tyro.conf.arg(name="from")] = None
     data_dir: Path | None = None
     json: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeCommand(Command):
+    """Train stage after stage. The same command continues what was interrupted."""
+
+    config: Annotated[Recipe, tyro.conf.arg(name="")]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -68,8 +79,8 @@ def names() -> list[str]:
     return sorted(module.name for module in found if not module.name.startswith("_"))
 
 
-def find(name: str) -> Experiment:
-    """The experiment that is called `name`, or that the file `name` holds if it ends in `.py`.
+def find(name: str) -> Experiment | Recipe:
+    """The configuration that is called `name`, or that the file `name` holds if it ends in `.py`.
 
     Raises:
       UsageError: there is none; the message has the nearest names.
@@ -82,10 +93,10 @@ def find(name: str) -> Experiment:
         near = difflib.get_close_matches(name, names(), 3, 0.4) or names()
         raise UsageError(f"there is no configuration {name!r}; nearest: {', '.join(near)}")
     config = getattr(module, "config", None)
-    experiment = config() if callable(config) else None
-    if not isinstance(experiment, Experiment):
-        raise UsageError(f"{name} has no function config() that returns an Experiment")
-    return experiment
+    found = config() if callable(config) else None
+    if not isinstance(found, Experiment | Recipe):
+        raise UsageError(f"{name} has no function config() that returns an Experiment or a Recipe")
+    return found
 
 
 def _load(file: Path) -> ModuleType:
@@ -98,23 +109,32 @@ def _load(file: Path) -> ModuleType:
 
 
 def _train(name: str, flags: Sequence[str]) -> int:
-    default = Command(find(name))
+    found = find(name)
+    default = RecipeCommand(found) if isinstance(found, Recipe) else Command(found)
     try:
-        command = tyro.cli(Command, default=default, args=list(flags), prog=f"zoo train {name}")
+        command = tyro.cli(
+            type(default), default=default, args=list(flags), prog=f"zoo train {name}"
+        )
     except ValueError as error:  # from a configuration that refuses its values
         raise UsageError(str(error)) from error
-    experiment = command.experiment
-    settings = encode(experiment)
+    config = command.config
+    if command.source is not None:
+        config = _started(config, command.source)
+    settings = encode(config)
     if not command.json:
         print(json.dumps(settings, indent=2), flush=True)
 
     from zoo.train.loop import train  # after the flags: it takes a second to import
+    from zoo.train.recipe import train_recipe
 
-    result = train(
-        experiment, command.out or Path("runs") / Path(name).stem, data_dir=command.data_dir
-    )
+    out = command.out or Path("runs") / Path(name).stem
+    if isinstance(config, Recipe):
+        result = train_recipe(config, out, data_dir=command.data_dir)
+    else:
+        result = train(config, out, data_dir=command.data_dir)
     outcome = {
-        "out": str(result.folder),
+        "out": str(out),
+        "run": str(result.folder),
         "step": result.step,
         "complete": result.complete,
         "metrics": dict(result.metrics),
@@ -126,6 +146,14 @@ def _train(name: str, flags: Sequence[str]) -> int:
         shown = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
         print(f"step {result.step} of {result.steps}  {shown}\n{result.folder}")
     return 128 + result.stopped if result.stopped else 0
+
+
+def _started(config: Experiment | Recipe, source: str) -> Experiment | Recipe:
+    """The configuration, begun with the parameters of `source`."""
+    if isinstance(config, Recipe):
+        first, *others = config.stages
+        return dataclasses.replace(config, stages=(_started(first, source), *others))
+    return dataclasses.replace(config, start=(Start(source),))
 
 
 def _list(*, as_json: bool) -> None:

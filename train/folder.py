@@ -14,14 +14,18 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zoo.models.core.codec import decode, diff, encode, show_diff
 from zoo.models.core.errors import UsageError, ZooError
+from zoo.processors.text import Tokenizer
 from zoo.processors.vlm import Processor
 from zoo.train.checkpoint import OVERHEAD
 from zoo.train.config import Experiment, forbidden
 from zoo.whole import write_atomically
+
+if TYPE_CHECKING:
+    from zoo.train.data.chats import Chats
 
 CONFIG, CHECKPOINTS, PROCESSOR, LOG = "config.json", "checkpoints", "processor", "train.log"
 
@@ -61,14 +65,14 @@ def read_experiment(folder: str | Path) -> Experiment:
     return experiment
 
 
-def check_room(folder: Path, state_bytes: int, keep: int) -> None:
+def check_room(folder: Path, state_bytes: int, keep: int, frozen_bytes: int = 0) -> None:
     """Raise ZooError unless the checkpoints that a run will need fit on the disk.
 
-    While one more is being written there are `keep` + 1 of them; those that are there already
-    count.
+    While one more is being written there are `keep` + 1 of them, beside one copy of what is frozen;
+    those that are there already count.
     """
     there = sum(f.stat().st_size for f in (folder / CHECKPOINTS).rglob("*") if f.is_file())
-    need = (state_bytes + OVERHEAD) * (keep + 1) - there
+    need = (state_bytes + OVERHEAD) * (keep + 1) + frozen_bytes - there
     free = shutil.disk_usage(folder).free
     if need > free:
         raise ZooError(
@@ -77,12 +81,20 @@ def check_room(folder: Path, state_bytes: int, keep: int) -> None:
         )
 
 
-def processor_of(folder: Path, experiment: Experiment) -> Processor:
-    """The processor of a run: made and saved the first time, read from then on."""
+def processor_of(
+    folder: Path, experiment: Experiment, tokenizer: Tokenizer | None = None
+) -> "Processor | Chats":
+    """The processor of a run: made and saved the first time, read from then on.
+
+    Args:
+      folder: of the run.
+      experiment: says how it is made.
+      tokenizer: that of the model that training starts from, which it then goes on with.
+    """
     saved = folder / PROCESSOR
     if saved.exists():
-        return Processor.load(saved)
-    processor = experiment.processor.build(experiment.model, experiment.data)
+        return experiment.processor.read(saved, experiment.model)
+    processor = experiment.processor.build(experiment.model, experiment.data, tokenizer)
     temporary = folder / f".{PROCESSOR}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     processor.save(temporary)

@@ -20,22 +20,25 @@ from zoo.cache import cache_folder, keep_compiled_programs
 from zoo.models.core.errors import UsageError, ZooError
 from zoo.models.core.names import tree_names
 from zoo.models.core.types import Batch
-from zoo.processors.vlm import Processor
 from zoo.saving import MODEL, save_model, saved_about
 from zoo.train.checkpoint import Checkpoints
-from zoo.train.config import Experiment
+from zoo.train.config import Experiment, Start
+from zoo.train.data.feed import Feed
 from zoo.train.data.pipeline import BatchIterator, Pipeline
 from zoo.train.folder import CHECKPOINTS, LOG, check_room, claim, processor_of, writing
 from zoo.train.mesh import batch_sharding, check_batch_size, make_mesh, put_batch
 from zoo.train.metrics import Journal, MetricsWriter
 from zoo.train.optim import learning_rate, make_optimizer
+from zoo.train.parts import divide, joined
 from zoo.train.progress import Bar
+from zoo.train.start import starting_params, starting_tokenizer
 from zoo.train.state import (
     TrainState,
     abstract_state,
     boxed_params,
     describe,
     initial_state,
+    nbytes,
     norms_by_part,
     state_bytes,
 )
@@ -48,6 +51,9 @@ OnEval = Callable[[nn.Module, Any, int], Mapping[str, float]]
 _STEPS_AHEAD = 2
 """How many steps the host may prepare before their results are there."""
 
+_BATCHES_AHEAD = 2
+"""How many batches are brought to the devices before they are asked for."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -58,7 +64,7 @@ class Result:
       step: steps done, over all sittings.
       steps: steps that make the run complete.
       metrics: of the last step that was logged in this sitting; empty if none was.
-      params: the parameters on their devices.
+      params: the parameters on their devices, as they are exported.
       model: the module that they belong to.
       stopped: the signal that ended it early, or None.
     """
@@ -84,6 +90,7 @@ def train(
     data_dir: str | Path | None = None,
     progress: Bar | None = None,
     on_eval: OnEval | None = None,
+    before: Path | None = None,
 ) -> Result:
     """Train, from where this run stands, until all steps are done or a signal ends it.
 
@@ -95,6 +102,7 @@ def train(
       on_eval: called as `on_eval(model, params, step)` at each evaluation; the numbers that it
         returns are logged with that step. The parameters are given up right after: copy what must
         last.
+      before: the folder of a run that this one starts from where the experiment has no `start`.
 
     Raises:
       ZooError: the folder cannot be used, a number is not finite, too much data is bad, the disk is
@@ -107,18 +115,27 @@ def train(
         # ──────────────────────────────── config ────────────────────────────────
         folder = stack.enter_context(locked(out))
         claim(folder, experiment)
+        starts = experiment.start or ((Start(str(before)),) if before is not None else ())
+        if experiment.fresh and not starts:
+            raise UsageError(
+                f"fresh is {experiment.fresh} where there is no start: all parameters are drawn"
+            )
         journal = Journal(folder / LOG, bar.say)
         stack.callback(journal.close)
         model, inputs = experiment.model.build(), experiment.model.inputs(1)
         schedule = learning_rate(experiment.optim, experiment.steps)
         boxed = boxed_params(model, inputs)
-        optimizer = make_optimizer(experiment.optim, experiment.steps, tree_names(boxed))
-        check_room(folder, state_bytes(boxed, optimizer), experiment.keep)
+        trained, frozen = divide(experiment.parts, boxed)
+        moving = tuple(part for part in experiment.parts if not part.frozen)
+        optimizer = make_optimizer(experiment.optim, experiment.steps, tree_names(trained), moving)
+        averaged = experiment.average is not None
+        size = state_bytes(trained, optimizer, averaged=averaged)
+        check_room(folder, size, experiment.keep, nbytes(nn.unbox(frozen)))
 
         # ───────────────────────────────── mesh ─────────────────────────────────
         keep_compiled_programs()
         mesh = make_mesh(experiment.mesh)
-        check_batch_size(experiment.batch_size, mesh)
+        check_batch_size(experiment.batch_size, mesh, experiment.accumulate)
         stack.enter_context(jax.set_mesh(mesh))
         sharding = batch_sharding(mesh)
 
@@ -127,7 +144,7 @@ def train(
         _prepare(experiment, data_dir, bar)
         if experiment.eval_examples:
             experiment.data.source("validation", data_dir)  # fails now if there is none
-        processor = processor_of(folder, experiment)
+        processor = processor_of(folder, experiment, starting_tokenizer(starts))
         _check_vocabulary(model, boxed, inputs, processor)
         pipeline = Pipeline(
             experiment.data,
@@ -138,23 +155,41 @@ def train(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             max_bad_share=experiment.max_bad_share,
+            pack=experiment.pack,
+            workers=experiment.workers,
         )
-        batches = iter(pipeline)
+        # Devices of their own work while the next batches come; a CPU has its hands full.
+        ahead = 0 if jax.default_backend() == "cpu" else _BATCHES_AHEAD
+        batches = Feed(iter(pipeline), lambda batch: put_batch(batch, sharding), ahead)
         stack.callback(batches.close)
+        for fault in batches.faults:
+            journal.say(f"data: {fault}")
 
         # ────────────────────────── model and shardings ─────────────────────────
-        abstract = abstract_state(boxed, optimizer, mesh)
-        for line in describe(abstract.params):
+        abstract = abstract_state(trained, optimizer, mesh, frozen=frozen, averaged=averaged)
+        for line in describe(abstract):
             journal.note(line)
-        train_step = make_train_step(model, experiment.objective, optimizer, schedule, abstract)
+        train_step = make_train_step(
+            model,
+            experiment.objective,
+            optimizer,
+            schedule,
+            abstract,
+            accumulate=experiment.accumulate,
+            decay=experiment.average,
+        )
         eval_step = make_eval_step(model, experiment.objective)
 
-        # ──────────────── restore: what this run has done, else init ────────────
+        # ──────────────── restore: what this run has done, else start, else init ────────────
         checkpoints = Checkpoints(folder / CHECKPOINTS, experiment.keep, journal.say)
         stack.callback(checkpoints.close)
         if checkpoints.newest is None:
-            step = 0
-            state = initial_state(model, inputs, optimizer, abstract, experiment.seed)
+            step, begun, seed = 0, None, experiment.seed
+            if starts:
+                begun = starting_params(
+                    starts, experiment.fresh, experiment.model, boxed, mesh, seed, journal.say
+                )
+            state = initial_state(model, inputs, optimizer, abstract, seed, begun)
         else:
             step = checkpoints.newest
             state = checkpoints.restore(abstract, batches)
@@ -168,7 +203,7 @@ def train(
         in_flight: deque[jax.Array] = deque()
         variants: set[Any] = set()
         reported_bad = batches.bad.bad
-        clock, clocked = time.monotonic(), step
+        clock, clocked, waited = time.monotonic(), step, batches.waited
         bar.phase("training", experiment.steps, step)
         stop = stack.enter_context(StopRequest())
         while step < experiment.steps and stop.signal is None:
@@ -177,7 +212,7 @@ def train(
             if variant not in variants:
                 variants.add(variant)
                 bar.update(step, compiling="" if variant is None else f"for {variant}")
-            batch = put_batch(next(batches), sharding)
+            batch = next(batches)
             with jax.transfer_guard("disallow"):
                 state, values = train_step(state, batch, variant)
             step += 1
@@ -197,6 +232,7 @@ def train(
                 _check_finite(state, checkpoints)
                 now = time.monotonic()
                 record["steps_per_second"] = (step - clocked) / (now - clock)
+                record["data_wait"] = (batches.waited - waited) / (now - clock)
                 if batches.bad.bad > reported_bad:
                     reported_bad = batches.bad.bad
                     record["bad_records"] = reported_bad
@@ -205,7 +241,7 @@ def train(
                 # ───────────────────────────── eval ─────────────────────────────
                 if evaluating:
                     record |= _evaluate(experiment, pipeline, eval_step, state, bar)
-                    record |= on_eval(model, state.params, step) if on_eval else {}
+                    record |= on_eval(model, state.served, step) if on_eval else {}
                     bar.phase("training", experiment.steps, step)
                 with writing(folder):
                     metrics.write(step, record)
@@ -216,7 +252,7 @@ def train(
                 # After the log: a missing line could not be made up for, one too many is cut off.
                 if saving:
                     checkpoints.save(state, batches)
-                clock, clocked = time.monotonic(), step
+                clock, clocked, waited = time.monotonic(), step, batches.waited
 
         bar.update(step)
         if stop.signal is not None and step != checkpoints.newest and step > 0:
@@ -235,8 +271,10 @@ def train(
         # ─────────────────── export: the model as `zoo.load` takes it ───────────────────
         if step > 0 and (saved_about(folder / MODEL) or {}).get("step") != step:
             about = {"experiment": experiment.name, "seed": experiment.seed, "step": step}
-            save_model(folder / MODEL, experiment.model, state.params, processor, about)
-        return Result(folder, step, experiment.steps, record, state.params, model, stop.signal)
+            if starts:
+                about["start"] = [start.source for start in starts]
+            save_model(folder / MODEL, experiment.model, state.served, processor, about)
+        return Result(folder, step, experiment.steps, record, state.served, model, stop.signal)
 
 
 def _prepare(experiment: Experiment, data_dir: str | Path, bar: Bar) -> None:
@@ -254,7 +292,7 @@ def _prepare(experiment: Experiment, data_dir: str | Path, bar: Bar) -> None:
     experiment.data.prepare(data_dir, show)
 
 
-def _check_vocabulary(model: nn.Module, boxed: Any, inputs: Batch, processor: Processor) -> None:
+def _check_vocabulary(model: nn.Module, boxed: Any, inputs: Batch, processor: Any) -> None:
     """Raise UsageError if the tokenizer has ids that the model does not know."""
 
     def logits(params: Any, batch: Batch) -> jax.Array:
@@ -262,10 +300,10 @@ def _check_vocabulary(model: nn.Module, boxed: Any, inputs: Batch, processor: Pr
         return model.apply({"params": params}, hidden[:, :1], method="head")
 
     known = jax.eval_shape(logits, nn.unbox(boxed), inputs).shape[-1]
-    if processor.tokenizer.vocab_size > known:
+    if processor.vocab_size > known:
         raise UsageError(
-            f"the tokenizer has {processor.tokenizer.vocab_size} tokens and the model knows "
-            f"{known}: lower processor.vocab_size or raise the vocab_size of the model"
+            f"the tokenizer has {processor.vocab_size} tokens and the model knows {known}: lower "
+            "processor.vocab_size or raise the vocab_size of the model"
         )
 
 
@@ -276,13 +314,14 @@ def _evaluate(
     count = math.ceil(experiment.eval_examples / experiment.batch_size)
     if not count:
         return {}
-    held_out: BatchIterator = iter(replace(pipeline, split="validation", seed=0))
+    held_out: BatchIterator = iter(replace(pipeline, split="validation", seed=0, workers=0))
     sharding = batch_sharding(jax.tree.leaves(state.params)[0].sharding.mesh)
     sums: dict[str, list[float]] = {}
     bar.phase("evaluating", count)
+    params = state.served
     with contextlib.closing(held_out):
         for done in range(count):
-            means = eval_step(state.params, put_batch(next(held_out), sharding), state.key)
+            means = eval_step(params, put_batch(next(held_out), sharding), state.key)
             for name, mean in means.items():
                 total, weight = sums.setdefault(f"eval/{name}", [0.0, 0.0])
                 sums[f"eval/{name}"] = [total + float(mean.total), weight + float(mean.weight)]
@@ -295,7 +334,8 @@ def _check_finite(state: TrainState, checkpoints: Checkpoints) -> None:
     fault = int(state.fault)
     if fault < 0:
         return
-    norms = ", ".join(f"{name} {norm:.4g}" for name, norm in norms_by_part(state.params).items())
+    params = joined(state.params, state.frozen)
+    norms = ", ".join(f"{name} {norm:.4g}" for name, norm in norms_by_part(params).items())
     kept = "there is no checkpoint yet"
     if checkpoints.newest is not None:
         kept = f"the last good checkpoint is {checkpoints.folder / str(checkpoints.newest)}"

@@ -61,12 +61,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     )
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raise UsageError unless all parts of the mesh get equally many examples."""
+def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Raise UsageError unless all parts of the mesh get equally many examples.
+
+    With `accumulate` that holds for each of so many parts of a batch.
+    """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % ways:
+    if batch_size % (ways * accumulate):
+        parts = f" times accumulate = {accumulate}" if accumulate > 1 else ""
         raise UsageError(
-            f"batch_size is {batch_size}: want a multiple of {ways}, the mesh's data x fsdp"
+            f"batch_size is {batch_size}: want a multiple of {ways * accumulate}, the mesh's data "
+            f"x fsdp{parts}"
         )
 
 

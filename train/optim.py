@@ -1,12 +1,14 @@
 """The optimizer: global-norm clipping, AdamW or Muon, and the schedule of the learning rate."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import jax
 import optax
 
 from zoo.models.core.errors import UsageError
+from zoo.train.parts import Part, assigned
 
 Name = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -90,39 +92,74 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimConfig, steps: int, names: Any = None
+    config: OptimConfig, steps: int, names: Any = None, parts: Sequence[Part] = ()
 ) -> optax.GradientTransformation:
     """The transformation of gradients into updates for a run of `steps`.
 
     Args:
       config: what to use.
       steps: length of the run.
-      names: logical axis names of the parameters (`zoo.models.core.names.tree_names`), by which
-        Muon knows matrices; AdamW needs none.
+      names: logical axis names of the parameters that train (`zoo.models.core.names.tree_names`),
+        by which Muon knows matrices and parts are told apart; AdamW alone needs none.
+      parts: those of them that train; none: all train alike.
     """
+    if not parts:
+        moves = _moves(config, steps, names)
+    else:
+        owner = assigned(parts, names)
+        labels = jax.tree.map_with_path(
+            lambda path, _: str(owner[_name(path)]), names, is_leaf=_is_names
+        )
+        each = {
+            str(i): _moves(_of_part(config, part), steps, names) for i, part in enumerate(parts)
+        }
+        moves = optax.partition(each, labels)
+    if config.clip_norm is None:
+        return moves
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), moves)
+
+
+def _of_part(config: OptimConfig, part: Part) -> OptimConfig:
+    """The configuration with what the part has of its own."""
+    own = {"lr": part.lr, "weight_decay": part.weight_decay}
+    return replace(config, **{name: value for name, value in own.items() if value is not None})
+
+
+def _moves(config: OptimConfig, steps: int, names: Any) -> optax.GradientTransformation:
+    """AdamW or Muon, without clipping."""
     schedule = learning_rate(config, steps)
     if config.name == "muon":
-        moves = optax.contrib.muon(
+        return optax.contrib.muon(
             schedule,
             adam_learning_rate=lambda step: schedule(step) * config.adam_share,
             adam_b1=config.b1,
             adam_b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            muon_weight_dimension_numbers=lambda _: matrix_axes(names),
+            muon_weight_dimension_numbers=lambda params: matrix_axes(_names_of(params, names)),
         )
-    else:
-        moves = optax.adamw(
-            schedule,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decay_mask,
-        )
-    if config.clip_norm is None:
-        return moves
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), moves)
+    return optax.adamw(
+        schedule,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+
+
+def _names_of(params: Any, names: Any) -> Any:
+    """The names of those parameters that are there: a part sees the others masked."""
+    known = dict(jax.tree.leaves_with_path(names, is_leaf=_is_names))
+    return jax.tree.map_with_path(lambda path, _: known[path], params)
+
+
+def _is_names(leaf: Any) -> bool:
+    return isinstance(leaf, tuple) and not isinstance(leaf, optax.MaskedNode)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def matrix_axes(names: Any) -> Any:
@@ -142,7 +179,7 @@ def matrix_axes(names: Any) -> Any:
         whole = tuple(range(first, len(leaf)))
         return optax.contrib.MuonDimensionNumbers(whole[:inputs], whole[inputs:])
 
-    return jax.tree.map_with_path(axes, names, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    return jax.tree.map_with_path(axes, names, is_leaf=_is_names)
 
 
 def decay_mask(params: Any) -> Any:

@@ -3,6 +3,7 @@
 The run folder is that of any training (see `zoo.train.folder`) with, at the end,
 
     results.json             accuracy by number of vision tokens, over all and by kind of question;
+                             what the decoder costs at each, beside the plain model's;
                              `seconds` are those of the sitting that finished it
     accuracy.png             the same as curves
     answers.png, sample.png  questions with the answers; a picture to try `zoo generate` on
@@ -28,9 +29,11 @@ from rich.console import Console
 from rich.table import Table
 
 from zoo.cache import cache_folder
+from zoo.costing import cost
 from zoo.images import read_image
 from zoo.loading import Loaded, load
 from zoo.models.core.registry import registered
+from zoo.models.parts.connect.mlp import MLPConnector
 from zoo.plot import Sample, accuracy_figure, answers_figure, save
 from zoo.processors.chat import prompt
 from zoo.train.config import Experiment
@@ -146,8 +149,11 @@ def quickstart(
         answered = ask(loaded, experiment, data_dir, bar)
         shares, samples = accuracies(answered), _samples(answered)
         _draw(run.folder, shares, samples, bar)
+        budgets = list(answered[0].answers)
+        found = costs(experiment.model, budgets, _longest_prompt(loaded, experiment))
     results = {
         **shares,
+        "cost": found,
         "questions": len(answered),
         "seconds": round(time.monotonic() - began, 1),
         "model": _model_name(experiment),
@@ -221,6 +227,27 @@ def accuracies(answered: Sequence[Answered]) -> dict[str, Any]:
     return {"accuracy": shares(answered), "by_kind": by_kind}
 
 
+def costs(model: Any, budgets: Sequence[int], text_tokens: int) -> dict[str, dict[str, int]]:
+    """What answering one question costs the decoder, counted from shapes in float32.
+
+    Args:
+      model: configuration with a connector and policies.
+      budgets: numbers of vision tokens.
+      text_tokens: of the question.
+
+    Returns:
+      {budget as text: `flops` of reading the prompt, `kv_bytes` that the layers keep of it}; and the
+      same for "dense", the model without policies whose decoder sees every patch.
+    """
+
+    def of(config: Any, budget: int | None) -> dict[str, int]:
+        found = cost(config, text_tokens=text_tokens, dtype="float32", budget=budget)
+        return {"flops": found.flops["prefill"].total, "kv_bytes": found.kv_bytes["total"]}
+
+    dense = replace(model, connector=MLPConnector(), policies=())
+    return {"dense": of(dense, None)} | {str(budget): of(model, budget) for budget in budgets}
+
+
 def show(outcome: Outcome) -> None:
     """Print the table of a complete run, where everything is, and how to go on from there."""
     results = outcome.results
@@ -236,9 +263,17 @@ def show(outcome: Outcome) -> None:
     for name, shares in rows.items():
         style = "bold" if name == "all questions" else ""
         table.add_row(name, *(f"{share:.1%}" for share in shares.values()), style=style)
+    dense = results["cost"]["dense"]
+    for name, key in (("decoder FLOPs", "flops"), ("key-value cache", "kv_bytes")):
+        parts = (results["cost"][budget][key] / dense[key] for budget in results["accuracy"])
+        table.add_row(name, *(f"{part:.1%}" for part in parts), style="dim")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     console.print(f"right answers to {results['questions']:,} questions about held-out scans")
     console.print(table)
+    console.print(
+        "FLOPs and cache are shares of those of the dense model, whose decoder runs all layers on "
+        f"all patches: {dense['flops'] / 1e6:,.1f} million, {dense['kv_bytes'] / 1024:,.1f} KiB"
+    )
 
     folder, here = outcome.folder, Path.cwd()
     folder = folder.relative_to(here) if folder.is_relative_to(here) else folder

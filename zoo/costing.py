@@ -148,7 +148,7 @@ def _count(
     def read(module: Any, inputs: Batch) -> tuple[jax.Array, Any]:
         """The final hidden states of a prompt, and what the layers keep of it."""
         stream, memory = module.stream(inputs, budget)
-        stream, states, _ = module.decoder.run(stream, Reserve(0), memory)
+        stream, states, _ = module.decoder.run(stream, Reserve(), memory)
         return stream.hidden, states
 
     stream = functools.partial(run, method="stream", budget=budget)

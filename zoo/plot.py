@@ -1,4 +1,5 @@
-"""Figures: accuracy against the number of vision tokens, and questions with the answers of a model.
+"""Figures: accuracy against the number of vision tokens, questions with the answers of a model, and
+the patches of a picture that each layer of a model keeps.
 
 Every function returns a `matplotlib.figure.Figure` that belongs to no window and no global state;
 `save` writes it.
@@ -123,6 +124,50 @@ def answers_figure(samples: Sequence[Sample], *, title: str, columns: int = 5) -
         top = height - header - row * (card + gap)
         box = (left / width, (top - side) / height, side / width, side / height)
         _card(figure.add_axes(box), sample, question)
+    return figure
+
+
+def kept_patches_figure(
+    picture: np.ndarray,
+    grid: tuple[int, int],
+    kept: np.ndarray,
+    *,
+    title: str,
+    columns: int = 8,
+) -> Figure:
+    """The picture once for every layer, with a veil over the patches that the layer leaves out.
+
+    Args:
+      picture: [H, W, 3] uint8.
+      grid: rows and columns of patches.
+      kept: bool [layers, N], the patches row by row.
+      title: what it shows.
+      columns: number of layers in a row of the figure.
+
+    Raises:
+      ValueError: `kept` has another number of patches than the grid.
+    """
+    kept = np.asarray(kept, bool)
+    if kept.ndim != 2 or kept.shape[1] != grid[0] * grid[1]:
+        raise ValueError(f"kept {kept.shape}: want [layers, {grid[0] * grid[1]}], grid {grid}")
+    height, width = picture.shape[:2]
+    columns = min(columns, len(kept))
+    rows = -(-len(kept) // columns)
+    side, header = 1.5, 0.5
+    size = (columns * side, header + rows * (side * height / width + 0.3))
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    figure.suptitle(title, fontsize=13, fontweight="bold", color=INK, x=0.02, ha="left")
+    every = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in every:
+        axes.set_axis_off()
+    for layer, (axes, mask) in enumerate(zip(every, kept, strict=False)):
+        veil = np.ones((*grid, 4))
+        veil[..., 3] = np.where(mask.reshape(grid), 0, 0.85)
+        extent = (0, width, height, 0)
+        axes.imshow(picture, extent=extent, interpolation="nearest")
+        axes.imshow(veil, extent=extent, interpolation="nearest")
+        label = f"layer {layer}: {mask.sum()}"
+        axes.set_title(label, fontsize=9, color=INK, loc="left", pad=3)
     return figure
 
 

@@ -256,6 +256,8 @@ class StackedViT(ViT):
     before it.
     """
 
+    config: DeepStackV
+
     def __call__(
         self,
         pixels: Array,

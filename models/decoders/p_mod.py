@@ -42,9 +42,9 @@ CARD = Card(
         "The schedule follows the depth of the decoder; the official one always assumes 32 layers.",
         "Prompts of different lengths generate in one batch; the official code takes them one by "
         "one.",
-        "Weights of tokens are computed and ranked in float32; the official ones in the dtype of "
-        "the model, where large ones tie.",
-        "Tokens of equal weight run in reading order; the official choice among them is arbitrary.",
+        "Tokens are ranked by what the router says, in float32; the official code ranks the "
+        "weights that it makes of that, in the dtype of the model, where large ones tie.",
+        "Tokens that tie run in reading order; the official choice among them is arbitrary.",
         "`vision_hr` leaves alone the first tile of a row, the official code that of each of its "
         "pictures.",
         "Routers start at zero; the official code has this as an option (`mod_special_init`).",
@@ -110,6 +110,8 @@ class PMoD:
             )
         if not 0 <= self.factor <= 1:
             raise ValueError(f"factor = {self.factor}: want a share of the tokens, 0 to 1")
+        if self.scale <= 0:
+            raise ValueError(f"scale = {self.scale}: want a number above 0")
 
     @classmethod
     def parse(cls, target_layers: str, weight_norm: str = "tanh_0.2_1", **fields: Any) -> "PMoD":
@@ -222,10 +224,8 @@ class Router(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape, axes = (x.shape[-1], 1), ("embed", None)
-        zeros = nn.initializers.zeros
-        scores: Array = Proj("...d,do->...o", shape, axes, bias=self.bias, init=zeros, name="out")(
-            x
-        )
+        options = {"bias": self.bias, "init": nn.initializers.zeros, "name": "out"}
+        scores: Array = Proj("...d,do->...o", shape, axes, **options)(x)
         return scores[..., 0]
 
 
@@ -272,10 +272,12 @@ class MoD(LayerPolicy):
         tokens = stream.tokens
         candidate, always, slots, spared = self._candidates(stream)
         target = candidate & tokens.valid & ~always
-        weight = self.config.weights(own(stream.hidden), target)  # [B, L]
+        router = own(stream.hidden.astype(jnp.float32))
+        weight = self.config.weights(router, target)  # [B, L]
 
+        # Weights grow with what the router says, which tells those of large ones apart.
         last = jnp.finfo(jnp.float32).min  # ahead of what is no candidate
-        score = jnp.where(target, weight, jnp.where(always, jnp.inf, last))
+        score = jnp.where(target, router, jnp.where(always, jnp.inf, last))
         count = always.sum(-1) + num_kept(target.sum(-1), self.ratio)
         capacity = spared + num_kept(slots - spared, self.ratio)
         index, keep = pick(score, candidate, count, slots=slots, capacity=capacity)

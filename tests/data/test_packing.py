@@ -4,12 +4,14 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.data.numbered import Numbers, number_processor, same, take
 from zoo.models.connectors.mqt import VARIANTS
-from zoo.models.core.types import EXAMPLE
+from zoo.models.core.types import EXAMPLE, Tokens
+from zoo.models.parts.layers.attention import causal
 from zoo.processors import ImageProcessor
 from zoo.train.data.packing import Packer
 from zoo.train.data.pipeline import Pipeline
@@ -168,8 +170,26 @@ def test_packed_batches_use_the_records_of_the_stream():
 def test_what_cannot_be_packed_is_an_error(setup):
     processor, examples, _, _, _ = setup
     packer = Packer(1, processor.tokenizer.image, processor.tokenizer.pad)
-    with pytest.raises(ValueError, match="cannot pack .*layout"):
+    with pytest.raises(ValueError, match=r"cannot pack .*layout"):
         packer.add({**examples[0], "layout": np.zeros(3, np.int32)})
     many = np.full_like(examples[0]["segments"], EXAMPLE)
     with pytest.raises(ValueError, match="1023 independent turns"):
         packer.add({**examples[0], "segments": many})
+
+
+def test_positions_and_sight_of_a_packed_row_are_those_of_each_example():
+    """Of an example with two turns, of a plain one, and of one with padding in it."""
+    e = EXAMPLE
+    segment = np.array([[0, 0, 1, 1, 2, 2, e, e, e, 2 * e, 2 * e, 2 * e + 7, 2 * e + 7, 2 * e]])
+    valid = np.ones_like(segment, bool)
+    valid[0, [3, 10, 13]] = False
+    tokens = Tokens.sequence(jnp.asarray(valid), segment=jnp.asarray(segment, jnp.int32))
+    want = [0, 1, 2, None, 2, 3, 0, 1, 2, 0, None, 1, 2, None]
+    got = [p if v else None for p, v in zip(tokens.position[0].tolist(), valid[0], strict=True)]
+    assert got == want
+    seen = np.asarray(causal(tokens, tokens))[0]
+    for i, asking in enumerate(segment[0]):
+        for j, given in enumerate(segment[0]):
+            same_example = asking // e == given // e
+            open_to_all = given % e == 0 or given == asking
+            assert seen[i, j] == (same_example and open_to_all and j <= i and valid[0, j])

@@ -27,6 +27,7 @@ from zoo.models.core.names import tree_names, tree_shardings
 from zoo.models.core.tree import flatten_dict
 from zoo.models.decoders.gamma_mod import GammaMoD
 from zoo.models.decoders.p_mod import PMoD
+from zoo.models.parts.assemblies.qwen_vl import QwenVLConfig
 from zoo.models.parts.decoders.policies import wrap
 from zoo.models.parts.layers.plan import cover
 from zoo.models.parts.layers.stack import unstack
@@ -45,9 +46,9 @@ POLICIES = {
 }
 
 
-def composed(policies, **overrides):
+def composed(policies, depth=10):
     parts = {"connector": MQT(num_queries=QUERIES, num_heads=2), "policies": policies}
-    return zoo.config("llava_tiny", **parts, **{"decoder.depth": 10}, **overrides)
+    return zoo.config("llava_tiny", **parts, **{"decoder.depth": depth})
 
 
 def boxed_of(config):
@@ -92,7 +93,7 @@ def close(got, want, bound=1e-5):
 def case(request):
     config = composed(POLICIES[request.param])
     boxed, batch = boxed_of(config), batch_of(config, TEXT + ROOM)
-    params, run = draw(boxed), forward(config.build())
+    params, run = draw(boxed, seed=1), forward(config.build())
     logits, aux = run(params, batch)
     return config, boxed, params, batch, run, logits, aux
 
@@ -161,15 +162,25 @@ def test_eight_devices_equal_one(case):
     close(got, logits, 5e-5)
 
 
-def test_bfloat16(case):
-    """Within 5 % of the scale of the logits, in the mean over all real tokens."""
-    config, _, params, batch, _, logits, _ = case
-    model = with_dtype(config, "bfloat16").build()
+@pytest.mark.parametrize(
+    "inner",
+    [
+        PMoD(schedule="deep_all_include_last", factor=1.0),
+        dataclasses.replace(SKIPS, threshold=0.0),
+    ],
+)
+def test_bfloat16(inner):
+    """Within a quarter of the logits, in the mean over all real tokens, after ten random layers.
+    All tokens run: of those of nearly equal weight, others may be chosen than in float32.
+    """
+    config = composed((inner, DeepStack(groups=9)))
+    params, batch = draw(boxed_of(config), seed=1), batch_of(config, TEXT)
+    want, _ = forward(config.build())(params, batch)
     small = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
-    got, _ = forward(model)(small, batch)
-    real = np.arange(logits.shape[1]) < np.array(LENGTHS)[:, None] + QUERIES - 1
-    error = np.sqrt(np.mean((np.asarray(got, np.float32) - logits)[real] ** 2))
-    assert error <= 0.05 * np.sqrt(np.mean(np.asarray(logits)[real] ** 2))
+    got, _ = forward(with_dtype(config, "bfloat16").build())(small, batch)
+    real = np.arange(want.shape[1]) < np.array(LENGTHS)[:, None] + QUERIES - 1
+    error = np.sqrt(np.mean((np.asarray(got, np.float32) - want)[real] ** 2))
+    assert error <= 0.25 * np.sqrt(np.mean(np.asarray(want)[real] ** 2))
 
 
 def test_scanned_equals_unrolled():
@@ -198,13 +209,19 @@ def test_neutral_settings_are_the_dense_model():
         return model.head(model.decoder.run(stream, None, {})[0].hidden)
 
     got = jax.jit(lambda p, b: model.apply({"params": p}, b, method=without_taps))(params, batch)
-    close(got, want, 1e-6)
+    # Padding bypasses layers that choose; views of a picture are encoded in one batch, which rounds
+    # in another way.
+    real = np.arange(got.shape[1]) < np.array(LENGTHS)[:, None] + QUERIES - 1
+    close(np.asarray(got)[real], np.asarray(want)[real], 2e-6)
 
 
-@pytest.mark.parametrize("inner", [PMoD(schedule="interleave"), GammaMoD(text_prefix=1)])
+@pytest.mark.parametrize("inner", [POLICIES["p_mod"][0], GammaMoD(text_prefix=1)])
 def test_gradients_reach_routers_connector_and_tower(inner):
-    config = composed((inner, DeepStack()), **{"decoder.depth": 6})
+    config = composed((inner, DeepStack(groups=9)))
     model, params, batch = config.build(), draw(boxed_of(config)), batch_of(config, TEXT)
+    layers = params["decoder"]["stack"]["layers"]
+    name = "router" if isinstance(inner, PMoD) else "gamma_mod"
+    layers[name] = jax.tree.map(lambda x: 0.02 * x, layers[name])  # far from saturation
 
     @jax.jit
     def gradient(params):
@@ -217,21 +234,20 @@ def test_gradients_reach_routers_connector_and_tower(inner):
 
     grads = {"/".join(path): np.asarray(g) for path, g in flatten_dict(gradient(params)).items()}
     assert all(np.isfinite(g).all() for g in grads.values())
-    routers = [path for path in grads if "router" in path or "gamma_mod" in path]
-    for path in (*routers, "connector/queries", "tower/patch/kernel"):
-        rows = grads[path].reshape(len(grads[path]), -1)
-        assert (np.abs(rows).max(1) > 0).all() or "patch" in path, path
+    routers = [path for path in grads if f"/{name}/" in path]
+    for path in (*routers, "connector/queries"):
+        assert (np.abs(grads[path]).reshape(len(grads[path]), -1).max(1) > 0).all(), path
     assert routers and np.abs(grads["tower/patch/kernel"]).max() > 0
 
 
 # Every base with every policy
 
-BASES = [
-    slug
+TINY = {
+    slug: name
     for slug, row in registry.base_index().items()
-    if any(name.endswith("_tiny") for name in row["variants"])
-    and hasattr(registry.base(slug).variants[row["variants"][-1]], "decoder")
-]
+    for name in row["variants"]
+    if name.endswith("_tiny") and hasattr(registry.config(name), "policies")
+}
 TRIED = {
     "p_mod": PMoD(schedule="interleave"),
     "gamma_mod": GammaMoD(layers="sparse", text_prefix=1),
@@ -239,21 +255,31 @@ TRIED = {
 }
 
 
-@pytest.mark.parametrize("slug", BASES)
-@pytest.mark.parametrize("names", [("p_mod", "deepstack"), ("gamma_mod",)], ids="-".join)
-def test_every_base_takes_every_policy(slug, names):
-    """Traced at tiny size; weights of the base keep their names and shapes."""
-    (name,) = (name for name in registry.base(slug).variants if name.endswith("_tiny"))
-    config = zoo.config(name, **{"decoder.depth": 6})
-    if not hasattr(config, "tap_source") and config.plan() and hasattr(config, "tower"):
+def trace(config):
+    return {path: x.shape for path, x in flatten_dict(nn.unbox(boxed_of(config))).items()}
+
+
+@pytest.mark.parametrize("slug", TINY)
+def test_every_base_takes_every_policy(slug):
+    """Traced at tiny size; weights of the base keep their names and shapes. The bases that number
+    pictures in three axes, and make their taps themselves, refuse what they cannot have.
+    """
+    config = zoo.config(TINY[slug], **{"decoder.depth": 6})
+    have = trace(config)
+    native = isinstance(config, QwenVLConfig)
+    if native:
         with pytest.raises(ValueError, match="add_tap at layer 1 reads taps, which this model"):
             dataclasses.replace(config, policies=(TRIED["deepstack"],))
-        names = tuple(name for name in names if name != "deepstack")
-    new = dataclasses.replace(config, policies=tuple(TRIED[name] for name in names))
-    have, want = (flatten_dict(nn.unbox(boxed_of(each))) for each in (config, new))
-    assert {path: want[path].shape for path in have} == {p: x.shape for p, x in have.items()}
-    added = {path[3] for path in want.keys() - have.keys()}
-    assert added == {"router" if name == "p_mod" else name for name in names} - {"deepstack"}
+        with pytest.raises(ValueError, match=r"GammaMoD .* positions of one axis"):
+            dataclasses.replace(config, policies=(TRIED["gamma_mod"],))
+    tried = {
+        "router": (TRIED["p_mod"],) if native else (TRIED["p_mod"], TRIED["deepstack"]),
+        **({} if native else {"gamma_mod": (TRIED["gamma_mod"],)}),
+    }
+    for added, policies in tried.items():
+        want = trace(dataclasses.replace(config, policies=policies))
+        assert {path: want[path] for path in have} == have
+        assert {path[3] for path in want.keys() - have.keys()} == {added}
 
 
 # What does not go together

@@ -114,14 +114,19 @@ def test_levels_are_data_of_one_scanned_program():
 
     scanned, unrolled = jax.jit(run, static_argnums=0)(True), jax.jit(run, static_argnums=0)(False)
     np.testing.assert_allclose(scanned, unrolled, rtol=1e-5, atol=1e-6)
-    # By hand: added before layers 1 to 6, after all before them.
-    now = stream
-    for layer in range(8):
-        if 1 <= layer <= 6:
-            now = now.replace(hidden=now.hidden.at[:, 1:4].add(taps[layer - 1]))
-        row = jax.tree.map(lambda leaf, at=layer: leaf[at], params["layers"])
-        now, _, _ = Step(block).run(row, (), now, None, {})
-    np.testing.assert_allclose(scanned, now.hidden, **CLOSE)
+
+    @jax.jit
+    def by_hand(params):
+        """Added before layers 1 to 6, after all before them."""
+        now = stream
+        for layer in range(8):
+            if 1 <= layer <= 6:
+                now = now.replace(hidden=now.hidden.at[:, 1:4].add(taps[layer - 1]))
+            row = jax.tree.map(lambda leaf, at=layer: leaf[at], params["layers"])
+            now, _, _ = Step(block).run(row, (), now, None, {})
+        return now.hidden
+
+    np.testing.assert_allclose(scanned, by_hand(params), **CLOSE)
 
 
 # The model.
@@ -242,9 +247,9 @@ def test_any_connector_and_any_budget():
 
     @partial(jax.jit, static_argnames="static")
     def run(params, batch, masked=None, static=None):
-        budget = masked if static is None else static
-        stream, memory = model.apply({"params": params}, batch, budget, method="stream")
-        out = model.apply({"params": params}, batch, budget=budget)
+        bound = model.bind({"params": params})
+        stream, memory = bound.stream(batch, masked if static is None else static)
+        out, _, _ = bound.decoder.run(stream, None, memory)
         return memory["taps"], out.hidden[:, -5:], stream.tokens.valid.sum(-1)
 
     taps, cut, length = run(params, batch, static=2)
@@ -391,7 +396,7 @@ def test_figures_of_the_paper():
     patch = 2 * 576 * 3 * 14 * 14 * 1024
     layer = (plain.flops["encode"].total - connect - patch) // 23
     assert within.flops["encode"].total == 5 * patch + (5 * 12 + 11) * layer + connect
-    assert zoo.cost("deepstack_l_hd_vicuna_7b").vision_tokens == 2928
+    assert registry.config("deepstack_l_hd_vicuna_7b").slots == 576 + 48 * 49
 
 
 def test_the_key_table_is_that_of_llava():

@@ -107,6 +107,7 @@ def test_official_strings():
         (lambda: PMoD(weight="relu"), "weight"),
         (lambda: PMoD(max_ratio=0.1), "min_ratio"),
         (lambda: PMoD(factor=1.5), "factor"),
+        (lambda: PMoD(scale=0.0), "scale"),
         (lambda: PMoD(layers=(1, 40)).ratios(32), r"layers \[40\]"),
         (
             lambda: PMoD().apply(layers(toy.BLOCK.clone(norm_place="post"), 6), slots=4),
@@ -330,7 +331,7 @@ def test_gradients_reach_the_routers():
 @pytest.fixture(scope="module")
 def model():
     """Two pictures, of which row 1 lacks one, up to 16 tokens each by a connector with budgets."""
-    sizes = {"decoder.depth": 4, "tower.depth": 2, "num_images": 2}
+    sizes = {"decoder.depth": 3, "tower.depth": 2, "num_images": 2}
     config = registry.config("p_mod_tiny", connector=MQT(num_queries=16, num_heads=2), **sizes)
     batch = {k: v for k, v in random_batch(config).items() if k in ("pixels", "ids", "text_mask")}
     batch["ids"][1] = [5, 3, 9, 8, 7, 30, 31, 32, 33, 0, 0, 3]  # one placeholder in the padding

@@ -13,6 +13,7 @@ from zoo.processors.hf import HubProcessor
 from zoo.saving import save_model
 from zoo.train.config import ProcessorConfig
 from zoo.train.data.chats import Chats
+from zoo.train.data.packing import Packer
 from zoo.train.folder import processor_of
 
 TURNS = (("what <image>?", "a boat"), ("and </s>?", " two "))
@@ -49,6 +50,14 @@ def test_answers_and_their_ends_are_learned(chats):
     assert not learned[len(ids) :].any()
     # The template calls the model "model" where it opens its turn, and "assistant" where it spoke.
     assert text(chats, example["labels"][learned]) == "assistant: a boat</s>assistant: two</s>"
+
+
+def test_short_conversations_share_a_row(chats):
+    packer = Packer(1, chats.image_id, chats.pad_id)
+    example = chats.encode({"image": None, "conversations": (("a?", "b"),)})
+    assert packer.add(example)
+    assert packer.add(example)
+    assert chats.processor.pad == chats.pad_id
 
 
 def test_the_template_may_end_answers_itself(source, tmp_path):

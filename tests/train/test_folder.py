@@ -34,7 +34,8 @@ def test_what_changes_no_number_may_change(tmp_path):
     begun(tmp_path, tiny())
     free = tiny(
         name="other", log_every=3, eval_every=3, eval_examples=8, save_every=7, keep=5,
-        max_bad_share=0.5, mesh=MeshConfig(fsdp=2),
+        max_bad_share=0.5, mesh=MeshConfig(fsdp=2), accumulate=2,
+        objective=replace(tiny().objective, chunk=3),
     )  # fmt: skip
     claim(tmp_path, free)
     assert set(MAY_CHANGE) <= set(Experiment.__dataclass_fields__)

@@ -101,6 +101,11 @@ def test_a_run_begins_where_another_has_ended(tmp_path, monkeypatch, capsys):
         train(replace(experiment, start=(Start("elsewhere"),)), tmp_path / "b")
 
 
+def test_fresh_parameters_want_a_start(tmp_path):
+    with pytest.raises(UsageError, match="where there is no start"):
+        train(tiny(fresh=("up/.*",)), tmp_path)
+
+
 def test_the_tokenizer_comes_with_the_model(llava, tmp_path):
     folder, _ = llava
     known = starting_tokenizer((Start(str(tmp_path)), Start(folder)))

@@ -247,14 +247,19 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(mesh):
     model, inputs = config.build(), config.inputs(1)
     abstract = abstract_state(boxed_params(model, inputs), optimizer, mesh)
 
-    def stepped(accumulate):
+    def stepped(accumulate, chunk):
         state = initial_state(model, inputs, optimizer, abstract, 0)
         step = make_train_step(
-            model, NextToken(z_loss=0.01), optimizer, lambda _: 1.0, abstract, accumulate=accumulate
+            model,
+            NextToken(z_loss=0.01, chunk=chunk),
+            optimizer,
+            lambda _: 1.0,
+            abstract,
+            accumulate=accumulate,
         )
         return step(state, put_batch(data, batch_sharding(mesh)), None)
 
-    whole, cut = stepped(1), stepped(4)
+    whole, cut = stepped(1, None), stepped(4, 7)
     assert set(whole[1]) == set(cut[1])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), whole, cut)
 

@@ -10,19 +10,25 @@ The iterator is a `grain.DatasetIterator`, so `grain.checkpoint.CheckpointSave(b
 with Orbax.
 
 Bad records (a picture that cannot be read, a conversation without answer or beyond `max_length`)
-are left out and counted; more than a set share of them stops the run.
+are left out and counted; more than a set share of them stops the run. What is wrong with a source
+as a whole, such as an empty shard, is told in `faults`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from absl import flags
 
 from zoo.models.core.errors import UsageError, ZooError
 from zoo.processors import Processor
+from zoo.train.data.mixture import sources
+from zoo.train.data.order import Place, shares, stream
+from zoo.train.data.packing import Packer
 from zoo.train.data.sources import DataConfig, Source
 
 Arrays = dict[str, np.ndarray]
@@ -57,6 +63,10 @@ class BadRecords:
             reasons = (*reasons, record.reason)
         return BadRecords(self.seen + 1, self.bad + 1, reasons)
 
+    def __add__(self, other: "BadRecords") -> "BadRecords":
+        reasons = (*self.reasons, *other.reasons)[:_REASONS_KEPT]
+        return BadRecords(self.seen + other.seen, self.bad + other.bad, reasons)
+
     def __str__(self) -> str:
         listed = "".join(f"\n  {reason}" for reason in self.reasons)
         return f"{self.bad} of {self.seen} records are bad, among them:{listed}"
@@ -66,25 +76,28 @@ class BadRecords:
 class Pipeline:
     """Endless shuffled batches of whole conversations, for training.
 
-    Every epoch has its own order, given by `seed`. Process p of n takes every n-th record of that
-    order, starting with the p-th: the processes share the records out without overlap and never run
-    out of batches. Records are read and processed ahead by threads; the result does not depend on
-    their number.
+    Every epoch of a source has its own order, given by `seed`. Process p of n takes every n-th
+    record of the stream, starting with the p-th: the processes share the records out without
+    overlap and never run out of batches. Records are read and processed ahead, by threads or by
+    processes of their own; the result does not depend on their number.
 
     Attributes:
-      config: the data set.
+      config: the data set, which may be a `Mixture` of several.
       processor: turns a record into arrays of fixed shape.
-      batch_size: of all processes together.
+      batch_size: rows of all processes together.
       seed: decides the order.
       data_dir: where the data set is prepared.
       split: "train" or "validation".
       process_index, process_count: which process this is, of how many.
-      max_bad_share: the run stops as soon as it is certain that more than this share of the data
-        set is bad: 1 % of 12,000 records at the 121st bad one of an epoch. A whole epoch without a
+      max_bad_share: the run stops as soon as it is certain that more than this share of a source
+        is bad: 1 % of 12,000 records at the 121st bad one of an epoch. A whole epoch without a
         good record stops it in any case.
+      pack: as many examples in a row as fit, see `zoo.train.data.packing`.
       num_threads: threads that process records; 0 does it when a batch is asked for.
+      workers: processes that read and process records instead of the threads, for pictures that
+        take longer to decode than one process has time; each takes some 0.3 GB of memory.
       keep_mib: examples stay in memory, so that later epochs cost nothing, until they take so much;
-        those that do not fit are processed anew.
+        those that do not fit are processed anew. Workers keep none.
     """
 
     config: DataConfig
@@ -96,7 +109,9 @@ class Pipeline:
     process_index: int = 0
     process_count: int = 1
     max_bad_share: float = 0.01
+    pack: bool = False
     num_threads: int = 2
+    workers: int = 0
     keep_mib: int = 512
 
     def __post_init__(self) -> None:
@@ -104,91 +119,159 @@ class Pipeline:
 
     def __iter__(self) -> "BatchIterator":
         """An iterator from the first batch on; each call gives an independent one."""
-        source = self.config.source(self.split, self.data_dir)
-        records = grain.MapDataset.range(len(source)).seed(self.seed).shuffle().repeat()
-        mine = records[self.process_index :: self.process_count]
-        examples = mine.map(_Process(source, self.processor.encode, self.keep_mib))
+        found = sources(self.config, self.split, self.data_dir)
+        lengths = [len(source) for source, _ in found]
+        counts = shares([weight for _, weight in found])
+        records = stream(lengths, counts, self.seed)
+        process = _Process(self, [source for source, _ in found])
+        examples = records[self.process_index :: self.process_count].map(process)
         local = self.batch_size // self.process_count
-        options = grain.ReadOptions(
-            num_threads=self.num_threads, prefetch_buffer_size=2 * local if self.num_threads else 0
-        )
+        ahead = 2 * local
+
+        def start(place: int) -> grain.DatasetIterator:
+            """What is left of the stream of this process from its record `place` on."""
+            rest = examples[place:] if place else examples
+            if not self.workers:
+                buffer = ahead if self.num_threads else 0
+                options = grain.ReadOptions(self.num_threads, buffer)
+                return iter(rest.to_iter_dataset(options))
+            if not flags.FLAGS.is_parsed():  # grain reads some; whoever parsed none has none
+                flags.FLAGS.mark_as_parsed()
+            each = max(1, -(-ahead // self.workers))
+            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=each)
+            workers = grain.MultiprocessingOptions(self.workers, each)
+            return iter(rest.to_iter_dataset(options).mp_prefetch(workers))
+
         return BatchIterator(
-            iter(examples.to_iter_dataset(options)),
+            start,
             batch_size=local,
-            epoch=len(source),
+            epochs=lengths,
             max_bad_share=self.max_bad_share,
-            identity=[len(source), self.seed, self.process_index, self.process_count],
+            packer=self._packer if self.pack else None,
+            faults=[fault for source, _ in found for fault in getattr(source, "faults", ())],
+            identity={
+                "records": lengths,
+                "shares": counts,
+                "seed": self.seed,
+                "process": self.process_index,
+                "number of processes": self.process_count,
+                "pack": self.pack,
+            },
         )
+
+    def _packer(self) -> Packer:
+        local = self.batch_size // self.process_count
+        return Packer(local, self.processor.image_id, self.processor.pad_id)
 
 
 class BatchIterator(grain.DatasetIterator):
-    """Batches of the good records; see `Pipeline`. `bad` tells what was left out so far.
+    """Batches of the good records; see `Pipeline`.
 
-    The state, plain JSON, holds the place in the data set and the counts of `bad`. Records that
-    were read ahead are not part of it: they are read again.
+    The state, plain JSON, is how many records of each source were used and left out, which is the
+    place in the stream. Records that were read ahead are not part of it: they are read again.
+
+    Attributes:
+      faults: what is wrong with sources as a whole, such as empty shards.
     """
 
     def __init__(
         self,
-        records: grain.DatasetIterator,
+        start: Callable[[int], grain.DatasetIterator],
         *,
         batch_size: int,
-        epoch: int,
+        epochs: Sequence[int],
         max_bad_share: float,
-        identity: list[int],
+        packer: Callable[[], Packer] | None,
+        faults: Sequence[str],
+        identity: dict[str, Any],
     ):
-        super().__init__(records)
-        self.bad = BadRecords()
+        super().__init__()
+        self.faults = tuple(faults)
+        self._start = start
+        self._records = start(0)
+        self._counts = [BadRecords() for _ in epochs]
+        self._bad_in_a_row = [0 for _ in epochs]
+        self._held: _Read | None = None  # was read, fitted into no row and is not counted yet
         self._batch_size = batch_size
-        self._epoch = epoch
+        self._epochs = epochs
         self._max_bad_share = max_bad_share
+        self._packer = packer
         self._identity = identity
-        self._bad_in_a_row = 0
+
+    @property
+    def bad(self) -> BadRecords:
+        """What was left out so far, of all sources together."""
+        return sum(self._counts, BadRecords())
 
     def __next__(self) -> Arrays:
         """The next batch of arrays [B / n, ...]. Raises ZooError if too many records are bad."""
-        examples = []
-        while len(examples) < self._batch_size:
-            record = next(self._parent)
-            self.bad = self.bad.plus(record)
-            if isinstance(record, Bad):
-                self._bad_in_a_row += 1
-                self._check()
-            else:
-                self._bad_in_a_row = 0
-                examples.append(record)
-        return _stack(examples)
+        if self._packer is not None:
+            return self._packed(self._packer())
+        return _stack([self._use(self._good()) for _ in range(self._batch_size)])
 
-    def _check(self) -> None:
-        epochs_begun = -(-self.bad.seen // self._epoch)
-        allowed = self._max_bad_share * self._epoch * epochs_begun
-        if self.bad.bad > allowed or self._bad_in_a_row >= self._epoch:
+    def _packed(self, rows: Packer) -> Arrays:
+        while rows.add((read := self._good()).example):
+            self._use(read)
+        self._held = read
+        return rows.batch()
+
+    def _good(self) -> "_Read":
+        """The next record that is good, not yet counted."""
+        if self._held is not None:
+            read, self._held = self._held, None
+            return read
+        while isinstance((read := next(self._records)).example, Bad):
+            self._counts[read.source] = self._counts[read.source].plus(read.example)
+            self._bad_in_a_row[read.source] += 1
+            self._check(read.source)
+        return read
+
+    def _use(self, read: "_Read") -> Arrays:
+        """Count a good record."""
+        self._counts[read.source] = self._counts[read.source].plus(read.example)
+        self._bad_in_a_row[read.source] = 0
+        return read.example
+
+    def _check(self, source: int) -> None:
+        bad, epoch = self._counts[source], self._epochs[source]
+        epochs_begun = -(-bad.seen // epoch)
+        allowed = self._max_bad_share * epoch * epochs_begun
+        if bad.bad > allowed or self._bad_in_a_row[source] >= epoch:
             raise ZooError(
-                f"{self.bad}\nThat is more than max_bad_share={self._max_bad_share:g} allows of "
-                f"{self._epoch}: mend or remove them, or raise it"
+                f"{bad}\nThat is more than max_bad_share={self._max_bad_share:g} allows of "
+                f"{epoch}: mend or remove them, or raise it"
             )
 
     def get_state(self) -> dict[str, Any]:
         """Where the iterator stands, as plain JSON values."""
         return {
-            "records": self._parent.get_state(),
-            "seen": self.bad.seen,
-            "bad": self.bad.bad,
-            "reasons": list(self.bad.reasons),
-            "bad_in_a_row": self._bad_in_a_row,
+            "seen": [count.seen for count in self._counts],
+            "bad": [count.bad for count in self._counts],
+            "reasons": [list(count.reasons) for count in self._counts],
+            "bad_in_a_row": list(self._bad_in_a_row),
             "identity": self._identity,
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go to where `state` was taken. Raises ZooError if it was taken from other data."""
-        if state["identity"] != self._identity:
-            raise ZooError(
-                "the saved place is in other data: records, seed, process and number of processes "
-                f"were {state['identity']} and are {self._identity}"
-            )
-        self._parent.set_state(state["records"])
-        self.bad = BadRecords(state["seen"], state["bad"], tuple(state["reasons"]))
-        self._bad_in_a_row = state["bad_in_a_row"]
+        if (saved := state["identity"]) != self._identity:
+            differ = [
+                f"{name} was {saved.get(name)} and is {value}"
+                for name, value in self._identity.items()
+                if saved.get(name) != value
+            ]
+            raise ZooError(f"the saved place is in other data: {', '.join(differ)}")
+        each = zip(state["seen"], state["bad"], map(tuple, state["reasons"]), strict=True)
+        self._counts = [BadRecords(*count) for count in each]
+        self._bad_in_a_row = list(state["bad_in_a_row"])
+        self._held = None
+        self._records.close()
+        self._records = self._start(sum(state["seen"]))
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._records.close()
+        super().close()
 
 
 class Asked(NamedTuple):
@@ -264,7 +347,7 @@ class Questions:
         return _Row(question, answer, record["kinds"][turn], record["id"], record["image"], example)
 
     def _encode(self, image: Any, question: str) -> Arrays:
-        batch = self.processor.encode_prompt(image, question)
+        batch = self.processor.encode_prompt([image], [question])
         return {name: array[0] for name, array in batch.items()}
 
 
@@ -277,40 +360,66 @@ class _Row(NamedTuple):
     example: Arrays | Bad
 
 
+class _Read(NamedTuple):
+    """What became of a record, and which source it is from."""
+
+    source: int
+    example: Arrays | Bad
+
+
 class _Process:
     """Reads one record and turns it into an example, or into `Bad` with the record's name.
 
-    Examples are kept as long as there is room for `keep_mib` of them.
+    Examples are kept as long as there is room for `keep_mib` of them. In a worker process the
+    sources are opened anew: files and indexes do not travel.
     """
 
-    def __init__(
-        self, source: Source, encode: Callable[[Mapping[str, Any]], Arrays], keep_mib: int
-    ):
-        self._source = source
-        self._encode = encode
-        self._kept: dict[int, Arrays] = {}
-        self._room = keep_mib << 20  # bytes
+    def __init__(self, pipeline: Pipeline, opened: Sequence[Source]):
+        self._pipeline = pipeline
+        self._opened: Sequence[Source] | None = opened
+        self._begin()
 
-    def __call__(self, index: int) -> Arrays | Bad:
-        if (kept := self._kept.get(index)) is not None:
-            return kept
-        example = self._made(index)
+    def _begin(self) -> None:
+        self._opening = threading.Lock()
+        self._kept: dict[Place, Arrays] = {}
+        keep = 0 if self._pipeline.workers else self._pipeline.keep_mib
+        self._room = keep << 20  # bytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_pipeline": self._pipeline, "_opened": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    def __call__(self, place: Place) -> _Read:
+        if (kept := self._kept.get(place)) is not None:
+            return _Read(place.source, kept)
+        example = self._made(place)
         if not isinstance(example, Bad):  # threads may overdraw the room by an example each
             size = sum(array.nbytes for array in example.values())
             if size <= self._room:
                 self._room -= size
-                self._kept[index] = example
-        return example
+                self._kept[place] = example
+        return _Read(place.source, example)
 
-    def _made(self, index: int) -> Arrays | Bad:
+    def _made(self, place: Place) -> Arrays | Bad:
         try:
-            record = self._source[index]
+            record = self._sources()[place.source][place.index]
         except ZooError as error:
             return Bad(str(error))
         try:
-            return self._encode(record)
+            return self._pipeline.processor.encode(record)
         except ZooError as error:
             return Bad(f"{record['id']}: {error}")
+
+    def _sources(self) -> Sequence[Source]:
+        if self._opened is None:
+            with self._opening:
+                if self._opened is None:
+                    p = self._pipeline
+                    self._opened = [source for source, _ in sources(p.config, p.split, p.data_dir)]
+        return self._opened
 
 
 def _places(source: Source, limit: int | None) -> tuple[list[tuple[int, int]], BadRecords]:

@@ -27,6 +27,7 @@ from absl import logging as absl_logging
 
 from zoo.models.core.errors import UsageError, ZooError
 from zoo.train.data.digits_vqa import SPLITS, DigitsVqa, DigitsVqaConfig, Scene, every_text
+from zoo.train.data.records import Turns, turns
 
 Progress = Callable[[int, int], None]
 """Told how much is done, out of how much."""
@@ -35,14 +36,18 @@ Progress = Callable[[int, int], None]
 class Source(Protocol):
     """A sequence of records, read one by one.
 
-    A record has `id`; `image`, anything that `zoo.images.read_image` takes, or None;
-    `conversations`, pairs of question and answer; and `kinds`, the sort of each question ("" where
-    there are no sorts). Reading a bad record raises ZooError that names it.
+    A record has `id`; `image`, anything that `zoo.images.read_image` takes, a tuple of several, or
+    None; `conversations`, pairs of question and answer; and `kinds`, the sort of each question (""
+    where there are no sorts). Reading a bad record raises ZooError that names it.
     """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+
+class NoRecordsError(ZooError):
+    """A data set is in order and has nothing for the split that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,10 @@ class DataConfig:
     def texts(self) -> Iterable[str]:
         """Questions and answers from which a tokenizer can be trained."""
         raise NotImplementedError(f"{type(self).__name__} does not say what texts it has")
+
+    def weighted(self) -> tuple[tuple["DataConfig", float], ...]:
+        """The data sets that this one is made of, with their weights; by default itself alone."""
+        return ((self, 1.0),)
 
 
 @dataclass(frozen=True)
@@ -93,18 +102,18 @@ class DigitsVQA(DataConfig):
         """
         if self._complete(data_dir):
             return
-        with _alone_in(Path(data_dir) / "digits_vqa"):
+        with alone_in(Path(data_dir) / "digits_vqa"):
             if self._complete(data_dir):  # by a process that was faster
                 return
             _remove_leftovers(self._folder(data_dir))
             self._check_room(data_dir)
             # The library insists on a folder for downloads, of which there are none.
-            with _folder_errors(data_dir), _quiet(), tempfile.TemporaryDirectory() as unused:
+            with folder_errors(data_dir), quiet(), tempfile.TemporaryDirectory() as unused:
                 self._builder(data_dir, progress).download_and_prepare(download_dir=unused)
 
     def source(self, split: str, data_dir: str | Path) -> Source:
         """Records with PNG pictures. Raises ZooError if the data set is not prepared."""
-        _check_split(split)
+        check_split(split)
         if not self._complete(data_dir):
             raise ZooError(
                 f"{self._folder(data_dir)} is missing or incomplete: prepare the data set first"
@@ -123,7 +132,7 @@ class DigitsVQA(DataConfig):
         return Path(data_dir) / "digits_vqa" / self._config.name / str(DigitsVqa.VERSION)
 
     def _builder(self, data_dir: str | Path, progress: Progress | None = None) -> DigitsVqa:
-        with _quiet():
+        with quiet():
             return DigitsVqa(config=self._config, data_dir=os.fspath(data_dir), progress=progress)
 
     def _complete(self, data_dir: str | Path) -> bool:
@@ -158,7 +167,7 @@ class _DigitsSource:
         # The picture stays a PNG: `read_image` decodes it, as it does with all pictures.
         skip = {"image": tfds.decode.SkipDecoding()}
         self._folder = builder.data_path
-        with _quiet():
+        with quiet():
             self._records = builder.as_data_source(split, decoders=skip)
 
     def __len__(self) -> int:
@@ -194,13 +203,16 @@ class LlavaJson(DataConfig):
             {"from": "human", "value": "<image> What is this?"},
             {"from": "gpt", "value": "A boat."}]}
 
-    with any number of turns; a record without `image` is text only.
+    with any number of turns; a record without `image` is text only, and one whose `image` is a list
+    has several pictures. A single picture comes first, wherever its mark is; several stand where
+    their marks are, and come first if there are no marks.
 
     Attributes:
       json: the file.
       images: the folder that the names of pictures start from.
       validation: share of the pictures that is kept for validation, drawn by their names; all
-        conversations about a picture are on the same side. With 0 there is no validation split.
+        conversations about a picture (of several, the first) are on the same side. With 0 there is
+        no validation split.
     """
 
     json: str
@@ -219,12 +231,12 @@ class LlavaJson(DataConfig):
 
     def source(self, split: str, data_dir: str | Path) -> Source:
         """The records of `split`. Raises ZooError if the file is malformed or none are left."""
-        _check_split(split)
+        check_split(split)
         entries = self._entries()
         held_out = _held_out(entries, self.validation)
         chosen = [i for i, held in enumerate(held_out) if held == (split == "validation")]
         if not chosen:
-            raise ZooError(
+            raise NoRecordsError(
                 f"{self.json} leaves no record for {split} with validation={self.validation}: "
                 "change the share or add records"
             )
@@ -265,46 +277,36 @@ class _LlavaSource:
         number = self._chosen[index]
         entry = self._entries[number]
         name = f"{self._config.json}: record {number}"
-        turns = _turns(entry, name)
-        image = entry.get("image")
-        if image is not None and not isinstance(image, str):
-            raise ZooError(f"{name}: `image` is {image!r}, want one file name")
+        pairs = _turns(entry, name)
+        paths = [os.path.join(self._config.images, image) for image in _image_names(entry, name)]
         return {
             "id": f"{name} (id {entry.get('id')!r})",
-            "image": None if image is None else os.path.join(self._config.images, image),
-            "conversations": turns,
-            "kinds": ("",) * len(turns),
+            "image": tuple(paths) if len(paths) > 1 else paths[0] if paths else None,
+            "conversations": pairs,
+            "kinds": ("",) * len(pairs),
             "independent": False,
         }
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=4)
 def _parsed(file: str, changed: int, size: int) -> Any:
     """The content of a JSON file as last changed; large ones take a while to parse."""
     return json.loads(Path(file).read_text("utf-8"))
 
 
-def _turns(entry: Any, name: str) -> tuple[tuple[str, str], ...]:
+def _turns(entry: Any, name: str) -> Turns:
     """The questions and answers of one entry; raises ZooError that says what is wrong with it."""
-    said = entry.get("conversations") if isinstance(entry, dict) else None
-    if not isinstance(said, list) or not said or len(said) % 2:
-        raise ZooError(f"{name}: `conversations` is no list of turns, human and gpt in alternation")
-    texts = []
-    for turn, speaker in zip(said, ("human", "gpt") * (len(said) // 2), strict=True):
-        good = isinstance(turn, dict) and isinstance(turn.get("value"), str)
-        if not good or turn.get("from") != speaker:
-            raise ZooError(
-                f"{name}: a turn is {turn!r}, want one with `from` {speaker!r} and a `value`"
-            )
-        texts.append(turn["value"])
-    placeholders = sum(text.count("<image>") for text in texts[::2])
-    if placeholders > (entry.get("image") is not None):
-        raise ZooError(
-            f"{name}: {placeholders} <image> marks are too many: want one, where there is a picture"
-        )
-    # The picture always comes first; the mark in the text has done its work.
-    questions = [text.replace("<image>", "").strip() for text in texts[::2]]
-    return tuple(zip(questions, texts[1::2], strict=True))
+    known = entry if isinstance(entry, dict) else {}
+    return turns(known.get("conversations"), len(_image_names(known, name)), name)
+
+
+def _image_names(entry: Mapping[str, Any], name: str) -> list[str]:
+    """The file names of an entry's pictures; raises ZooError if they are none."""
+    image = entry.get("image")
+    names = [] if image is None else image if isinstance(image, list) else [image]
+    if not all(isinstance(one, str) for one in names):
+        raise ZooError(f"{name}: `image` is {image!r}, want a file name or a list of them")
+    return names
 
 
 def _held_out(entries: Sequence[Any], share: float) -> list[bool]:
@@ -312,7 +314,9 @@ def _held_out(entries: Sequence[Any], share: float) -> list[bool]:
 
     def group(index: int, entry: Any) -> str:
         known = entry if isinstance(entry, dict) else {}
-        return str(known.get("image") or known.get("id") or index)
+        image = known.get("image")
+        first = image[0] if isinstance(image, list) and image else image
+        return str(first or known.get("id") or index)
 
     groups = [group(i, entry) for i, entry in enumerate(entries)]
     ranked = sorted(set(groups), key=lambda name: hashlib.sha256(name.encode()).digest())
@@ -320,7 +324,8 @@ def _held_out(entries: Sequence[Any], share: float) -> list[bool]:
     return [name in held for name in groups]
 
 
-def _check_split(split: str) -> None:
+def check_split(split: str) -> None:
+    """Raise UsageError if there is no such split."""
     if split not in SPLITS:
         raise UsageError(f"there is no split {split!r}: want one of {', '.join(SPLITS)}")
 
@@ -332,9 +337,9 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """Keep other processes out of `folder` meanwhile. The lock of a killed process is void."""
-    with _folder_errors(folder):
+    with folder_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     with lock:
@@ -343,7 +348,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _folder_errors(folder: str | Path) -> Iterator[None]:
+def folder_errors(folder: str | Path) -> Iterator[None]:
+    """What goes wrong in writing to `folder`, as one clear error."""
     try:
         yield
     # The writer of ArrayRecord reports a full disk as RuntimeError.
@@ -355,7 +361,7 @@ def _folder_errors(folder: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and warnings of tensorflow_datasets: the caller reports progress."""
     verbosity = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)

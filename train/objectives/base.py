@@ -1,6 +1,6 @@
 """The contract between an objective and the loop."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,7 @@ Variant = Hashable
 class Mean:
     """A mean over `weight` things whose sum is `total`, both float32 scalars.
 
-    Means of parts of a batch add up to the mean of the whole, in evaluation as for gradients, which
-    are weighted by the `weight` of the loss.
+    Means of parts of a batch add up to the mean of the whole, in evaluation as for gradients.
     """
 
     total: jax.Array
@@ -29,6 +28,9 @@ class Mean:
     def value(self) -> jax.Array:
         """The mean; 0 of nothing."""
         return self.total / jax.numpy.maximum(self.weight, 1)
+
+
+Means = Mapping[str, Mean]
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,18 @@ class Objective:
 
     def loss(
         self, model: nn.Module, params: Any, batch: Batch, key: jax.Array, variant: Variant
-    ) -> tuple[jax.Array, dict[str, Mean]]:
-        """The loss of a batch, float32 [], and all metrics, of which it is the one called `loss`.
+    ) -> tuple[Means, Means]:
+        """What training lowers, and what is only reported.
 
         Args:
           model: the module; its variables are `{"params": params}`.
           params: unboxed parameters.
           batch: global arrays; sums over their leading axis run over all devices.
-          key: the random key of this step.
+          key: the random key of this step, the same for all parts of its batch.
           variant: what `variant` chose; None in evaluation, which is the model at its fullest.
+
+        Returns:
+          The terms of the loss, which training adds up, one of them called `loss`; and further
+          metrics. No weight of a term depends on `params`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no loss")

@@ -1,5 +1,6 @@
 """Next-token prediction, with elastic numbers of vision tokens where the model has them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,18 +9,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import struct
 
 from zoo.models.core.errors import UsageError
-from zoo.models.core.types import IGNORE, Batch
-from zoo.train.objectives.base import Mean, Objective, Variant
+from zoo.models.core.types import IGNORE, Array, Batch, Output
+from zoo.train.objectives.base import Mean, Means, Objective, Variant
 
 _DRAWN = "drawn"
 """The variant of a step that draws its budget from its key, which is the same on every host."""
+
+WHOLE_LOGITS = 1 << 23
+"""The most logits of one example, tokens x vocabulary, that are computed at once by default."""
 
 
 @dataclass(frozen=True)
 class NextToken(Objective):
     """The mean cross-entropy of the labelled tokens of the whole batch.
+
+    What policies of the model report under a name that ends with `_loss` (a scalar, already
+    weighted, the mean of a batch) is added, summed over the layers.
 
     Attributes:
       budgets: numbers of vision tokens per image; each step draws one of them, uniformly, for the
@@ -27,14 +35,25 @@ class NextToken(Objective):
         ..., M.
       masked: the budget is data of one program, which computes all vision tokens and masks the
         surplus, instead of a program per budget. Equal numbers; less to compile, more to compute.
+      z_loss: weight of the mean squared logarithm of the softmax's normaliser, which keeps logits
+        from drifting; 0 for none. Follows: arXiv:2204.02311, section 5.
+      chunk: tokens of a row whose logits are in memory at once; their gradient computes them anew.
+        None: all of them, or as few as keep within `WHOLE_LOGITS` an example. The numbers are the
+        same up to the order of sums.
     """
 
     budgets: tuple[int, ...] = ()
     masked: bool = False
+    z_loss: float = 0.0
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         if any(budget < 1 for budget in self.budgets):
             raise UsageError(f"objective.budgets is {self.budgets}: want numbers of 1 or more")
+        if self.z_loss < 0:
+            raise UsageError(f"objective.z_loss is {self.z_loss}: want 0 or more")
+        if self.chunk is not None and self.chunk < 1:
+            raise UsageError(f"objective.chunk is {self.chunk}: want 1 or more tokens, or None")
 
     def variant(self, seed: int, step: int) -> Variant:
         """The budget of step `step`, `_DRAWN` if it draws its own, or None for all tokens."""
@@ -45,22 +64,81 @@ class NextToken(Objective):
         return self.budgets[np.random.default_rng((seed, step)).integers(len(self.budgets))]
 
     def loss(
-        self, model: nn.Module, params: Any, batch: Batch, key: jax.Array, variant: Variant
-    ) -> tuple[jax.Array, dict[str, Mean]]:
+        self, model: nn.Module, params: Any, batch: Batch, key: Array, variant: Variant
+    ) -> tuple[Means, Means]:
         """Cross-entropy in nats, and `accuracy`: how often the label is the likeliest token."""
         budget: dict[str, Any] = {} if variant is None else {"budget": variant}
         if variant == _DRAWN:
             budget["budget"] = jax.random.choice(key, jnp.asarray(self.budgets))
         out = model.apply({"params": params}, batch, **budget)
-        logits = model.apply({"params": params}, out.hidden, method="head")  # [B, L, V]
+
+        def head(hidden: Array) -> Array:
+            return model.apply({"params": params}, hidden, method="head")
+
         label = out.tokens.tags["label"]  # [B, L], that of the next token
+        sums = _sums(head, out.hidden, label, self.chunk)
+        weight = (label != IGNORE).sum(dtype=jnp.float32)
+        terms = {"loss": Mean(sums.cross_entropy, weight)}
+        if self.z_loss:
+            terms["z_loss"] = Mean(self.z_loss * sums.squared_normaliser, weight)
+        rows = jnp.float32(label.shape[0])
+        reported = _reported(out)
+        terms |= {name: Mean(value * rows, rows) for name, value in reported.items()}
+        return terms, {"accuracy": Mean(sums.right, weight)}
+
+
+@struct.dataclass
+class _Sums:
+    """Sums over the labelled tokens of a batch, float32 []."""
+
+    cross_entropy: Array
+    squared_normaliser: Array
+    right: Array
+
+
+def _reported(out: Output) -> dict[str, Array]:
+    """The losses that the layers report, summed over them."""
+    found: dict[str, Array] = {}
+    for aux in out.aux:
+        for name, value in aux.items():
+            if name.endswith("_loss"):
+                found[name] = found.get(name, 0) + value.astype(jnp.float32)
+    return found
+
+
+def _sums(head: Callable[[Array], Array], hidden: Array, label: Array, chunk: int | None) -> _Sums:
+    """What the logits of hidden states [B, L, D] and their labels [B, L] come to."""
+
+    def of(hidden: Array, label: Array) -> _Sums:
+        logits = head(hidden)  # [B, L, V]
         learned = label != IGNORE
         safe = jnp.where(learned, label, 0)
         each = optax.softmax_cross_entropy_with_integer_labels(logits, safe)
-        weight = learned.sum(dtype=jnp.float32)
-        loss = Mean(jnp.where(learned, each, 0).sum(), weight)
+        normaliser = jax.nn.logsumexp(logits, -1)
         right = learned & (logits.argmax(-1) == label)
-        return loss.value, {
-            "loss": loss,
-            "accuracy": Mean(right.sum(dtype=jnp.float32), weight),
-        }
+        return _Sums(
+            jnp.where(learned, each, 0).sum(),
+            jnp.where(learned, normaliser**2, 0).sum(),
+            right.sum(dtype=jnp.float32),
+        )
+
+    length = hidden.shape[1]
+    if chunk is None:
+        vocabulary = jax.eval_shape(head, hidden[:, :1]).shape[-1]
+        chunk = max(1, WHOLE_LOGITS // vocabulary)
+    if chunk >= length:
+        return of(hidden, label)
+
+    count = -(-length // chunk)
+    surplus = count * chunk - length
+
+    def cut(x: Array, filler: int) -> Array:
+        x = jnp.pad(x, [(0, surplus * (i == 1)) for i in range(x.ndim)], constant_values=filler)
+        x = x.reshape(x.shape[0], count, chunk, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)  # [count, B, chunk, ...]
+
+    def add(sums: _Sums, part: tuple[Array, Array]) -> tuple[_Sums, None]:
+        return jax.tree.map(jnp.add, sums, jax.checkpoint(of)(*part)), None
+
+    nothing = _Sums(*(jnp.float32(0) for _ in range(3)))
+    return jax.lax.scan(add, nothing, (cut(hidden, 0), cut(label, IGNORE)))[0]

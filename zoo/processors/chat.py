@@ -40,7 +40,7 @@ def conversation(
     """
     if not turns:
         raise ZooError("the conversation has no turns: want at least one question and answer")
-    placed = _placed([question for question, _ in turns], images)
+    placed = stand_at_marks([question for question, _ in turns], images)
     ids = [tokenizer.bos, *([] if placed else [tokenizer.image] * images)]
     labels = [IGNORE] * len(ids)
     numbers = [0] * len(ids)
@@ -60,7 +60,7 @@ def prompt(tokenizer: Tokenizer, question: str, images: int = 1) -> list[int]:
 
     Raises ZooError if it is empty.
     """
-    placed = _placed([question], images)
+    placed = stand_at_marks([question], images)
     first = [] if placed else [tokenizer.image] * images
     return [tokenizer.bos, *first, *_asked(tokenizer, question, placed)]
 
@@ -72,7 +72,7 @@ def pad(row: Sequence[int], length: int, value: int) -> np.ndarray:
     return padded
 
 
-def _placed(questions: Sequence[str], images: int) -> bool:
+def stand_at_marks(questions: Sequence[str], images: int) -> bool:
     """Whether the pictures stand at the marks of the questions."""
     return images > 1 and sum(question.count(MARK) for question in questions) == images
 

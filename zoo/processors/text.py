@@ -4,6 +4,7 @@ import functools
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Fast
@@ -106,3 +107,10 @@ class Tokenizer:
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.vocab_size} tokens)"
+
+    def __reduce__(self) -> tuple[Any, ...]:  # what `encode` remembers does not travel
+        return _of_json, (self._fast.to_str(),)
+
+
+def _of_json(text: str) -> Tokenizer:
+    return Tokenizer(Fast.from_str(text))

@@ -78,8 +78,8 @@ class TileVision:
         if not whole:
             newline, crops = isinstance(self.views, AnyRes), None
             if self.crops is not None and isinstance(self.views, Single):
-                wanted = {"crops": self.crops.number, "square": self.crops.square}
-                crops = self.views.closer(picture, **wanted)
+                number, square = self.crops.number, self.crops.square
+                crops = self.views.closer(picture, crops=number, square=square)
             reading = tiling.whole_tiles(len(tiles), self.tokens, newline=newline)
             return Seen(tiles, reading, crops)
         reading = tiling.anyres(

@@ -27,17 +27,38 @@ class Processor:
     Attributes:
       image: how pictures become pixels.
       tokenizer: how text becomes ids.
-      max_length: T, the number of token slots of an example, the image placeholder included.
+      max_length: T, the number of token slots of an example, the image placeholders included.
+      num_images: I, the most pictures of an example, and the placeholders of every one.
+      crops: V, for a model that sees crops of a picture besides the whole; 0 for the others.
+      square_crops: whether they always make a square, see `zoo.processors.tiling.crop_grid`.
     """
 
     image: ImageProcessor
     tokenizer: Tokenizer
     max_length: int
+    num_images: int = 1
+    crops: int = 0
+    square_crops: bool = False
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer."""
         return (self.tokenizer.eos,)
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id of an example is below it."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def image_id(self) -> int:
+        """The placeholder of an image."""
+        return self.tokenizer.image
+
+    @property
+    def pad_id(self) -> int:
+        """What stands where no token is."""
+        return self.tokenizer.pad
 
     @property
     def byte_id(self) -> None:
@@ -48,28 +69,33 @@ class Processor:
         """One training example.
 
         Args:
-          record: `image` (anything that `read_image` takes, or None); `conversations`, pairs of
-            question and answer; and `independent`, whether no turn refers to another, so that they
+          record: `image` (anything that `read_image` takes, a tuple of several, or None);
+            `conversations`, pairs of question and answer, which may have an `<image>` mark for each
+            of several pictures; and `independent`, whether no turn refers to another, so that they
             may stand side by side without seeing each other.
 
         Returns:
-          pixels [1, H, W, 3] float32, normalised; ids [T] int32 with one image placeholder; labels
+          pixels [I, H, W, 3] float32, normalised; ids [T] int32 with I image placeholders; labels
           [T] int32, -100 where nothing is learned; text_mask [T] bool, True on tokens; segments [T]
-          int32, the number of the turn where turns are independent, else 0. Without a
-          picture the pixels are zero and the placeholder is masked out, so that batches of both
-          sorts have one shape.
+          int32, the number of the turn where turns are independent, else 0; for models that see
+          them, crops [I, V, H, W, 3] and view_grid [I, 2]. Where a picture is missing its pixels
+          are zero and its placeholder is masked out, so that batches of all sorts have one shape.
 
         Raises:
-          ZooError if the picture cannot be read, a text is empty, or the conversation is too long.
+          ZooError if a picture cannot be read, there are too many, a text is empty, or the
+            conversation is too long.
         """
-        ids, labels, turns = chat.conversation(self.tokenizer, record["conversations"])
-        if len(ids) > self.max_length:
+        images = _pictures(record.get("image"))
+        turns = record["conversations"]
+        ids, labels, numbers = chat.conversation(self.tokenizer, turns, max(1, len(images)))
+        length = len(ids) + self._unused(images)
+        if length > self.max_length:
             raise ZooError(
-                f"the conversation has {len(ids)} tokens and max_length is {self.max_length}: "
+                f"the conversation has {length} tokens and max_length is {self.max_length}: "
                 "shorten it or raise max_length"
             )
-        example = self._example(record.get("image"), ids)
-        segments = turns if record.get("independent") else []
+        example = self._example(images, ids)
+        segments = numbers if record.get("independent") else []
         return {
             **example,
             "labels": chat.pad(labels, self.max_length, chat.IGNORE),
@@ -82,11 +108,12 @@ class Processor:
         """A batch of first questions, ready for generation.
 
         Args:
-          images: one picture per prompt, None for text alone; a single one may stand by itself.
+          images: one picture per prompt, a tuple of several, or None for text alone; a single one
+            may stand by itself.
           prompts: the questions; a single one may stand by itself.
 
         Returns:
-          pixels [B, 1, H, W, 3], ids [B, T] and text_mask [B, T] as in `encode`, padded on the
+          pixels [B, I, H, W, 3], ids [B, T] and text_mask [B, T] as in `encode`, padded on the
           right.
 
         Raises:
@@ -113,7 +140,13 @@ class Processor:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(folder / _TOKENIZER)
-        config = {"max_length": self.max_length, "image": asdict(self.image)}
+        config = {
+            "max_length": self.max_length,
+            "num_images": self.num_images,
+            "image": asdict(self.image),
+        }
+        if self.crops:
+            config |= {"crops": self.crops, "square_crops": self.square_crops}
         (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
     @classmethod
@@ -123,28 +156,62 @@ class Processor:
         try:
             config = json.loads(file.read_text("utf-8"))
             image, max_length = ImageProcessor(**config["image"]), config["max_length"]
+            num_images = config.get("num_images", 1)  # earlier versions had no other number
+            crops = config.get("crops", 0), config.get("square_crops", False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ZooError(f"{file} is not a processor that can be read: {error}") from error
-        return cls(image, Tokenizer.load(Path(folder) / _TOKENIZER), max_length)
+        tokenizer = Tokenizer.load(Path(folder) / _TOKENIZER)
+        return cls(image, tokenizer, max_length, num_images, *crops)
 
-    def _prompt(self, image: Source | None, question: str) -> Example:
-        ids = chat.prompt(self.tokenizer, question)
-        if len(ids) > self.max_length:
+    def _prompt(self, image: Source | tuple[Source, ...] | None, question: str) -> Example:
+        images = _pictures(image)
+        ids = chat.prompt(self.tokenizer, question, max(1, len(images)))
+        length = len(ids) + self._unused(images)
+        if length > self.max_length:
             raise ZooError(
-                f"the prompt has {len(ids)} tokens, more than the {self.max_length} that the model "
+                f"the prompt has {length} tokens, more than the {self.max_length} that the model "
                 "takes: shorten it"
             )
-        return self._example(image, ids)
+        return self._example(images, ids)
 
-    def _example(self, image: Source | None, ids: list[int]) -> Example:
+    def _unused(self, images: Sequence[Source]) -> int:
+        """Placeholders in the padding of an example; its text has one even without a picture."""
+        if len(images) > self.num_images:
+            raise ZooError(
+                f"there are {len(images)} pictures and the model takes {self.num_images}: leave "
+                "some out or raise num_images"
+            )
+        return self.num_images - max(1, len(images))
+
+    def _example(self, images: Sequence[Source], ids: list[int]) -> Example:
         text_mask = np.arange(self.max_length) < len(ids)
-        if image is None:
-            pixels = np.zeros((self.image.size, self.image.size, 3), np.float32)
+        if not images:
             text_mask[ids.index(self.tokenizer.image)] = False
-        else:
-            pixels = self.image(read_image(image))
+        placeholders = [self.tokenizer.image] * self._unused(images)
         return {
-            "pixels": pixels[None],
-            "ids": chat.pad(ids, self.max_length, self.tokenizer.pad),
+            **self._views([read_image(image) for image in images]),
+            "ids": chat.pad([*ids, *placeholders], self.max_length, self.tokenizer.pad),
             "text_mask": text_mask,
         }
+
+    def _views(self, pictures: Sequence[np.ndarray]) -> Example:
+        """What the model sees of pictures; zeros where there are fewer than `num_images`."""
+        side = self.image.size
+        views = {"pixels": np.zeros((self.num_images, side, side, 3), np.float32)}
+        if self.crops:
+            most = (self.num_images, self.crops)
+            views["crops"] = np.zeros((*most, side, side, 3), np.float32)
+            views["view_grid"] = np.ones((self.num_images, 2), np.int32)
+        for i, picture in enumerate(pictures):
+            views["pixels"][i] = self.image(picture)
+            if self.crops:
+                crops, grid = self.image.closer(picture, crops=self.crops, square=self.square_crops)
+                views["crops"][i, : len(crops)], views["view_grid"][i] = crops, grid
+        return views
+
+
+def _pictures(image: Source | tuple[Source, ...] | None) -> tuple[Source, ...]:
+    """The pictures of a record or a prompt: none, one or several."""
+    if image is None:
+        return ()
+    return image if isinstance(image, tuple) else (image,)

@@ -112,11 +112,12 @@ class QwenVLConfig(ModelConfig):
 
     def plan(self) -> Plan:
         """The decoder's plan with all policies applied, and the levels added between its layers."""
-        slots, policies = self.num_images * self.image_tokens, self.policies
+        slots = self.num_images * self.image_tokens
+        plan = compose(self.decoder.plan(), self.policies, slots=slots)
         if not self.levels:
-            return compose(self.decoder.plan(), policies, slots=slots)
-        policies = (*policies, _Levels(len(self.levels)))
-        return compose(self.decoder.plan(), policies, slots=slots, memory=("taps",))
+            return plan
+        # The taps are those of the levels: no other policy may read them.
+        return compose(plan, (_Levels(len(self.levels)),), slots=slots, memory=("taps",))
 
     def build(self) -> "QwenVL":
         """The module."""

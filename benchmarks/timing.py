@@ -1,0 +1,61 @@
+"""What the benchmarks share: contestants that take turns, and what they ran on."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+
+Runs = dict[str, Callable[[], float]]
+"""Every contestant, as a function that runs once and returns the seconds that it took."""
+
+
+def take_turns(runs: Runs, rounds: int) -> dict[str, dict[str, float]]:
+    """The fastest and the median seconds of each in `rounds` turns: `seconds`, `median_seconds`."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()  # compiles, warms up
+    for _ in range(rounds):
+        for name, run in runs.items():
+            seconds[name].append(run())
+    return {
+        "seconds": {name: min(times) for name, times in seconds.items()},
+        "median_seconds": {name: statistics.median(times) for name, times in seconds.items()},
+    }
+
+
+def timed(run: Callable[[], Any]) -> Callable[[], float]:
+    """`run` as one of `Runs`."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        return time.perf_counter() - start
+
+    return once
+
+
+def machine(*modules: ModuleType) -> dict[str, Any]:
+    """The processor, its cores, and the versions of Python and of some modules."""
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "cpu": _cpu_name(),
+        "versions": {
+            "python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in modules},
+        },
+    }
+
+
+def _cpu_name() -> str:
+    """What the machine calls its processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
