@@ -236,8 +236,8 @@ def costs(model: Any, budgets: Sequence[int], text_tokens: int) -> dict[str, dic
       text_tokens: of the question.
 
     Returns:
-      {budget as text: `flops` of reading the prompt, `kv_bytes` that the layers keep of it}; and the
-      same for "dense", the model without policies whose decoder sees every patch.
+      {budget as text: `flops` of reading the prompt, `kv_bytes` that the layers keep of it}, and
+      the same for "dense", the model without policies whose decoder sees every patch.
     """
 
     def of(config: Any, budget: int | None) -> dict[str, int]:

@@ -9,8 +9,8 @@ A *batch* is a flat mapping of reserved names to arrays; a model reads those tha
     pixels     [B, M, H, W, C] float32, normalised: M images or tiles of images, in the order of
                their placeholders, zeros where a row has fewer; absent for text only. Classifiers
                and dual encoders take [B, H, W, C]
-    crops      [B, M, V, H, W, 3] float32, V crops of each image, row by row, for models that see more
-               of a picture than the whole; zeros where there are fewer
+    crops      [B, M, V, H, W, 3] float32, V crops of each image, row by row, for models that see
+               more of a picture than the whole; zeros where there are fewer
     view_grid  [B, M, 2] int32, rows and columns of these crops. Absent: a square
     ids        [B, T] int32, one placeholder id per image, the same number I of them in every row:
                unused ones stand in the padding, `text_mask` False
