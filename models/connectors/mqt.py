@@ -169,10 +169,10 @@ VARIANTS = {
         decoder=DecoderConfig(
             vocab_size=336,
             width=64,
-            depth=2,
+            depth=3,
             num_heads=2,
             num_kv_heads=1,
-            mlp_dim=168,
+            mlp_dim=112,
             norm_eps=1e-6,
             tie_embeddings=True,
         ),

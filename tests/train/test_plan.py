@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.train.tiny import TinyConfig, tiny
+from tests.train.tiny import tiny
 from zoo.cli import main
 from zoo.costing import program_flops
 from zoo.models.base import llava
@@ -212,15 +212,10 @@ def test_a_slice_of_a_pod():
 
 @libtpu
 @pytest.mark.tpu
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", CHIPS)
-def test_the_memory_of_the_chips(kind):
-    where = topology(f"{kind}:{'x'.join(['2'] * CHIPS[kind].axes)}")
-    assert len(where.devices) == 2**where.chip.axes
-    config = TinyConfig(text_tokens=1 << 21)
-    found = plan(tiny(model=config, batch_size=64), where)
-    assert not found.fits
-    assert found.hbm_bytes["total"] > found.hbm_bytes["limit"]
+def test_every_kind_of_chip_is_one_device(kind):
+    axes = CHIPS[kind].axes
+    assert len(topology(f"{kind}:{'x'.join(['2'] * axes)}").devices) == 2**axes
 
 
 @libtpu

@@ -2,8 +2,10 @@
 
 import math
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -91,7 +93,7 @@ def plan(experiment: Experiment, where: str | Topology) -> Plan:
     }
     sizes = dict(mesh.shape)
     try:
-        compiled = traced.lower().compile()
+        compiled, text = _compiled(traced.lower(), where.devices[0].platform)
     except jax.errors.JaxRuntimeError as error:
         total, moved, sent, fits = needed(error), 2 * sum(kept.values()), {}, False
     else:
@@ -99,7 +101,7 @@ def plan(experiment: Experiment, where: str | Topology) -> Plan:
         moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
         total = moved - memory.alias_size_in_bytes + memory.temp_size_in_bytes
         total += memory.generated_code_size_in_bytes
-        sent = traffic(compiled.as_text(), sizes)
+        sent = traffic(text, sizes)
         fits = total <= where.hbm
     rest = total - sum(kept.values())
     hbm_bytes = {**kept, "temporaries": rest, "total": total, "limit": where.hbm}
@@ -145,6 +147,19 @@ def traced_step(experiment: Experiment, mesh: Mesh) -> tuple[Any, Any]:
     # Not `set_mesh`, with which JAX would also compute on these devices.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return state, step.trace(state, batch, None)
+
+
+def _compiled(lowered: Any, platform: str) -> tuple[Any, str]:
+    """The program and its text."""
+    if platform != "tpu":
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    # From the compiler itself: `as_text` fails where a program has what this jaxlib does not know.
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        (file,) = Path(folder).glob("*.after_optimizations.txt")
+        return compiled, file.read_text(encoding="utf-8")
 
 
 def without_waste(experiment: Experiment) -> Experiment:

@@ -100,7 +100,8 @@ def topology(name: str) -> Topology:
     if importlib.util.find_spec("libtpu") is None:
         raise UsageError(
             f"planning for {name} needs the TPU compiler, which runs without a TPU: pip install "
-            "libtpu. Without it, plan for CPU devices: --topology cpu:8"
+            "'vlm-zoo[tpu]', or pip install libtpu. Without it, plan for CPU devices: --topology "
+            "cpu:8"
         )
     from jax.experimental import topologies
 
