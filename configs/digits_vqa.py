@@ -36,7 +36,7 @@ def config() -> Experiment:
         name="digits_vqa",
         model=model,
         data=DigitsVQA(pictures=10_000, validation_pictures=300, scene=scene),
-        steps=1_000,
+        steps=1_150,
         batch_size=64,
         # One program for all budgets: compiling eight would take longer than all the rest.
         objective=NextToken(training_budgets(model.connector.num_queries), masked=True),
