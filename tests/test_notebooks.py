@@ -20,7 +20,8 @@ from zoo.configs import digits_vqa
 
 tiny = digits_vqa.config()
 tower, optim = replace(tiny.model.tower, depth=1), replace(tiny.optim, name="adamw")
-tiny = replace(tiny, model=replace(tiny.model, tower=tower), optim=optim, batch_size=4)
+model = replace(tiny.model, tower=tower, policies=())
+tiny = replace(tiny, model=model, optim=optim, parts=(), batch_size=4)
 digits_vqa.config = lambda: tiny
 """
 TINY = {
@@ -39,6 +40,7 @@ MODEL, WORK = None, "run"
 
 import tests.live.reference  # declares what a torchvision for the CPU lacks
 """,
+    "03_matryoshka_budgets.ipynb": FEW,
     "04_mixture_of_depths.ipynb": FEW,
     "05_deepstack.ipynb": FEW,
 }
@@ -47,6 +49,7 @@ import tests.live.reference  # declares what a torchvision for the CPU lacks
 PICTURES = {
     "01_quickstart.ipynb": [True, True, False],
     "02_convert_and_generate.ipynb": [False],
+    "03_matryoshka_budgets.ipynb": [True, True, True],
     "04_mixture_of_depths.ipynb": [True, True],
     "05_deepstack.ipynb": [True, True, True],
 }

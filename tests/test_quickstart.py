@@ -12,6 +12,8 @@ from PIL import Image
 from zoo.cli import main
 from zoo.configs import digits_vqa, digits_vqa_tiny
 from zoo.images import read_image
+from zoo.models.connectors.deepstack import DeepStack, Levels
+from zoo.models.decoders.p_mod import PMoD
 from zoo.train import quickstart
 from zoo.train.data.digits_vqa import KINDS
 from zoo.train.data.sources import DigitsVQA
@@ -26,7 +28,11 @@ def tiny():
     experiment = digits_vqa_tiny.config()
     data = DigitsVQA(pictures=24, validation_pictures=12)
     once = {"log_every": 2, "eval_every": 0, "eval_examples": 0, "save_every": 2}
-    return replace(experiment, data=data, objective=NextToken((2, 4), masked=True), **once)
+    model = experiment.model
+    taps = DeepStack(groups=1, source=Levels((1,), model.connector))
+    model = replace(model, policies=(PMoD(), taps))
+    objective = NextToken((2, 4), masked=True)
+    return replace(experiment, model=model, data=data, objective=objective, **once)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +65,10 @@ def test_results(run):
     assert all(0 <= share <= 1 for share in results["accuracy"].values())
     assert (results["seed"], results["steps"], results["questions"]) == (3, 4, QUESTIONS)
     assert results["seconds"] > 0
+    cost = results["cost"]
+    assert list(cost) == ["dense", "1", "2", "4"]
+    for key in ("flops", "kv_bytes"):
+        assert 0 < cost["1"][key] < cost["2"][key] < cost["4"][key] < cost["dense"][key]
     assert results["model"]
     assert results["parameters"] > 10_000
 
@@ -81,7 +91,7 @@ def test_a_second_time_it_says_that_it_is_complete(capsys, run, monkeypatch):
     assert "was complete already" in out
     rows = [line.split() for line in out.splitlines() if "%" in line]
     assert rows[0][0] == "all"
-    assert [row[0] for row in rows[1:]] == sorted(KINDS)
+    assert [row[0] for row in rows[1:]] == [*sorted(KINDS), "decoder", "key-value"]
     assert all(len(row) >= 4 for row in rows)
     assert f"zoo generate {run} --image {run}/sample.png --prompt" in out
     assert (run / "results.json").read_bytes() == written

@@ -108,8 +108,9 @@ def check_result(path: Path, variants: Sequence[str]) -> None:
     """Check that a recorded training run says what ran and what came out.
 
     Raises:
-      ZooError: unless it is an object with `model` (one of `variants`), `seed`, `steps` and
-        `accuracy`, which is a share between 0 and 1 or one for every budget.
+      ZooError: unless it is an object with `model` (one of `variants`, or an experiment of
+        `configs/` that the system is a part of), `seed`, `steps` and `accuracy`, which is a share
+        between 0 and 1 or one for every budget.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -117,8 +118,9 @@ def check_result(path: Path, variants: Sequence[str]) -> None:
         raise ZooError(f"{path}: no JSON: {error}") from error
     accuracy = result.get("accuracy")
     shares = list(accuracy.values()) if isinstance(accuracy, dict) else [accuracy]
+    experiments = {file.stem for file in path.parents[2].glob("configs/[!_]*.py")}
     wrong = {
-        "model": result.get("model") not in variants,
+        "model": result.get("model") not in {*variants, *experiments},
         "seed": type(result.get("seed")) is not int,
         "steps": type(result.get("steps")) is not int or result["steps"] < 1,
         "accuracy": not shares or not all(_is_share(value) for value in shares),
