@@ -150,7 +150,8 @@ def quickstart(
         shares, samples = accuracies(answered), _samples(answered)
         _draw(run.folder, shares, samples, bar)
         budgets = list(answered[0].answers)
-        found = costs(experiment.model, budgets, _longest_prompt(loaded, experiment))
+        ends = sorted({budgets[0], budgets[-1]})  # what lies between takes seconds to count, too
+        found = costs(experiment.model, ends, _longest_prompt(loaded, experiment))
     results = {
         **shares,
         "cost": found,
@@ -265,8 +266,9 @@ def show(outcome: Outcome) -> None:
         table.add_row(name, *(f"{share:.1%}" for share in shares.values()), style=style)
     dense = results["cost"]["dense"]
     for name, key in (("decoder FLOPs", "flops"), ("key-value cache", "kv_bytes")):
-        parts = (results["cost"][budget][key] / dense[key] for budget in results["accuracy"])
-        table.add_row(name, *(f"{part:.1%}" for part in parts), style="dim")
+        shown = (results["cost"].get(budget) for budget in results["accuracy"])
+        shares = (f"{cost[key] / dense[key]:.1%}" if cost else "" for cost in shown)
+        table.add_row(name, *shares, style="dim")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     console.print(f"right answers to {results['questions']:,} questions about held-out scans")
     console.print(table)

@@ -26,7 +26,7 @@ from zoo.train.data.tables import ArrayRecords, Parquet, Tfds
 from zoo.train.data.webdataset import WebDataset
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
-LINES = re.findall(r"```python\n(data=.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+LINES = re.findall(r"```python\n(data = .*?)```", PAGE.read_text("utf-8"), re.DOTALL)
 KNOWN = (
     ArrayRecords,
     Columns,
@@ -79,10 +79,12 @@ def test_every_source_has_its_line():
     assert shown == set(NAMES)
 
 
-@pytest.mark.parametrize("line", LINES, ids=lambda line: line[5:].split("(")[0])
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line.removeprefix("data = ").split("(")[0])
 def test_a_line_gives_batches(line, stage, monkeypatch):
     monkeypatch.chdir(stage)
-    data = eval(f"dict({line})", {**NAMES})["data"]
+    found: dict = {}
+    exec(line, {**NAMES}, found)
+    data = found["data"]
     assert decode(json.loads(json.dumps(encode(data)))) == data
     data.prepare("cache")
     processor = Processor(ImageProcessor(4), Tokenizer.train(["what? a boat"]), 256)
