@@ -11,7 +11,6 @@ ratio above 1 says that the method is faster, or computes less, than the dense m
 
 import argparse
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.timing import Runs, machine, take_turns, timed
+from benchmarks.timing import Runs, machine, report, take_turns, timed
 from tests.models.draw import draw
 from zoo.convert.place import flat_paths, nested
 from zoo.costing import measure
@@ -242,10 +241,7 @@ def main(argv: list[str] | None = None) -> None:
         "size": dataclasses.asdict(size),
         **run(size, args.rounds, args.only),
     }
-    text = json.dumps(found, indent=2) + "\n"
-    print(text)
-    if args.out:
-        args.out.write_text(text, encoding="utf-8")
+    report(found, args.out)
 
 
 if __name__ == "__main__":

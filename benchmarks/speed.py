@@ -9,7 +9,6 @@ it.
 
 import argparse
 import functools
-import json
 import os
 import sys
 import time
@@ -23,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.timing import Runs, machine, take_turns, timed
+from benchmarks.timing import Runs, machine, report, take_turns, timed
 from tests.live.reference import state_of, timm, torch, transformers
 from zoo.models.core.config import ModelConfig
 from zoo.models.core.hf import Fields
@@ -155,10 +154,7 @@ def main() -> None:
     for name, run in parts.items():
         if args.only in (None, name):
             found[name] = run(args.rounds)
-    text = json.dumps(found, indent=2) + "\n"
-    print(text)
-    if args.out:
-        args.out.write_text(text, encoding="utf-8")
+    report(found, args.out)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the benchmarks share: contestants that take turns, and what they ran on."""
 
+import json
 import os
 import platform
 import statistics
@@ -50,6 +51,14 @@ def machine(*modules: ModuleType) -> dict[str, Any]:
             **{module.__name__: module.__version__ for module in modules},
         },
     }
+
+
+def report(found: dict[str, Any], out: Path | None) -> None:
+    """Print what came out, and write it to the file `out`."""
+    text = json.dumps(found, indent=2) + "\n"
+    print(text)
+    if out:
+        out.write_text(text, encoding="utf-8")
 
 
 def _cpu_name() -> str:

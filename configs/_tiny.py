@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
+from zoo.configs.digits_vqa import scene
 from zoo.models.connectors.mqt import VARIANTS
 from zoo.models.parts.assemblies.llava import LlavaConfig
 from zoo.models.parts.connect.mlp import MLPConnector
 from zoo.train.config import Experiment, ProcessorConfig, Recipe
-from zoo.train.data.digits_vqa import Scene
 from zoo.train.data.sources import DigitsVQA
 from zoo.train.objectives import NextToken
 from zoo.train.optim import OptimConfig
@@ -37,20 +37,11 @@ def two_stages(
       fresh: patterns of the parameters that the dense model does not have.
       objective: of the second stage.
     """
-    side = DENSE.tower.image_size
-    scene = Scene(
-        canvas=side,
-        min_size=8,
-        max_size=10,
-        cells=4,
-        noise=3.0,
-        background=(0, 60),
-        ink=(160, 255),
-    )
+    pictures = scene(DENSE.tower.image_size)
     dense = Experiment(
         name="dense",
         model=DENSE,
-        data=DigitsVQA(pictures=1_000, validation_pictures=50, scene=scene),
+        data=DigitsVQA(pictures=1_000, validation_pictures=50, scene=pictures),
         steps=200,
         batch_size=32,
         processor=ProcessorConfig(vocab_size=DENSE.decoder.vocab_size),

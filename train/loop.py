@@ -18,7 +18,6 @@ import jax
 
 from zoo.cache import cache_folder, keep_compiled_programs
 from zoo.models.core.errors import UsageError, ZooError
-from zoo.models.core.names import tree_names
 from zoo.models.core.types import Batch
 from zoo.saving import MODEL, save_model, saved_about
 from zoo.train.checkpoint import Checkpoints
@@ -28,21 +27,18 @@ from zoo.train.data.pipeline import BatchIterator, Pipeline
 from zoo.train.folder import CHECKPOINTS, LOG, check_room, claim, processor_of, writing
 from zoo.train.mesh import batch_sharding, check_batch_size, make_mesh, put_batch
 from zoo.train.metrics import Journal, MetricsWriter
-from zoo.train.optim import learning_rate, make_optimizer
-from zoo.train.parts import divide, joined
+from zoo.train.parts import joined
 from zoo.train.progress import Bar
+from zoo.train.setup import Setup
 from zoo.train.start import starting_params, starting_tokenizer
 from zoo.train.state import (
     TrainState,
-    abstract_state,
-    boxed_params,
     describe,
     initial_state,
     nbytes,
     norms_by_part,
-    state_bytes,
 )
-from zoo.train.step import EvalStep, make_eval_step, make_train_step
+from zoo.train.step import EvalStep, make_eval_step
 from zoo.train.stop import StopRequest
 from zoo.whole import locked
 
@@ -122,15 +118,10 @@ def train(
             )
         journal = Journal(folder / LOG, bar.say)
         stack.callback(journal.close)
-        model, inputs = experiment.model.build(), experiment.model.inputs(1)
-        schedule = learning_rate(experiment.optim, experiment.steps)
-        boxed = boxed_params(model, inputs)
-        trained, frozen = divide(experiment.parts, boxed)
-        moving = tuple(part for part in experiment.parts if not part.frozen)
-        optimizer = make_optimizer(experiment.optim, experiment.steps, tree_names(trained), moving)
-        averaged = experiment.average is not None
-        size = state_bytes(trained, optimizer, averaged=averaged)
-        check_room(folder, size, experiment.keep, nbytes(nn.unbox(frozen)))
+        setup = Setup.of(experiment)
+        model, inputs, boxed = setup.model, setup.inputs, setup.boxed
+        frozen_bytes = nbytes(nn.unbox(setup.frozen))
+        check_room(folder, setup.state_bytes(), experiment.keep, frozen_bytes)
 
         # ───────────────────────────────── mesh ─────────────────────────────────
         keep_compiled_programs()
@@ -166,18 +157,10 @@ def train(
             journal.say(f"data: {fault}")
 
         # ────────────────────────── model and shardings ─────────────────────────
-        abstract = abstract_state(trained, optimizer, mesh, frozen=frozen, averaged=averaged)
+        abstract = setup.state(mesh)
         for line in describe(abstract):
             journal.note(line)
-        train_step = make_train_step(
-            model,
-            experiment.objective,
-            optimizer,
-            schedule,
-            abstract,
-            accumulate=experiment.accumulate,
-            decay=experiment.average,
-        )
+        train_step = setup.train_step(abstract)
         eval_step = make_eval_step(model, experiment.objective)
 
         # ──────────────── restore: what this run has done, else start, else init ────────────
@@ -189,7 +172,7 @@ def train(
                 begun = starting_params(
                     starts, experiment.fresh, experiment.model, boxed, mesh, seed, journal.say
                 )
-            state = initial_state(model, inputs, optimizer, abstract, seed, begun)
+            state = initial_state(model, inputs, setup.optimizer, abstract, seed, begun)
         else:
             step = checkpoints.newest
             state = checkpoints.restore(abstract, batches)

@@ -19,7 +19,7 @@ from zoo.models.core.errors import UsageError, ZooError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from zoo.models.core.config import ModelConfig
+    from zoo.models.core.config import SystemConfig
 
 ELSEWHERE = {
     "quickstart": ("zoo.train.quickstart", "train a small model on real scans and show it"),
@@ -153,6 +153,8 @@ def _info(args: argparse.Namespace) -> int:
         for sentence in differs:
             print(f"  - {sentence}")
     for variant in variants:
+        if not variant["parameters"]:
+            continue
         print(f"\n{variant['name']}: parameters")
         sizes = [(part, f"{count:,}") for part, count in variant["parameters"].items()]
         _print_table(None, sizes, right=True)
@@ -182,7 +184,7 @@ def describe(name: str) -> dict[str, Any]:
 
     Returns:
       The card's facts, `status`, and for each of `variants` its `name` and `parameters` by part and
-      in `total`. A base model has no card, but `model_types`.
+      in `total`; {} for a system that is no model. A base has no card, but `model_types`.
 
     Raises:
       UsageError: if nothing is called so.
@@ -232,12 +234,18 @@ def _describe_base(name: str) -> dict[str, Any]:
     }
 
 
-def count_parameters(config: "ModelConfig") -> dict[str, int]:
-    """Parameters of a model by part and in `total`, from shapes alone: no weight is made."""
+def count_parameters(config: "SystemConfig") -> dict[str, int]:
+    """Parameters of a model by part and in `total`, from shapes alone: no weight is made. A system
+    that is no model has none.
+    """
     import flax.linen as nn
     import jax
 
+    from zoo.models.core.config import ModelConfig
     from zoo.models.core.tree import size_by_part
+
+    if not isinstance(config, ModelConfig):
+        return {}
 
     model = config.build()
     shapes = jax.eval_shape(lambda batch: model.init(jax.random.key(0), batch), config.inputs(1))

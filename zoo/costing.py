@@ -116,6 +116,8 @@ def cost(
         overrides["num_images"] = num_images
     try:
         config = registry.config(model) if isinstance(model, str) else model
+        if not isinstance(config, ModelConfig):
+            raise UsageError(f"{name} is no model: there is nothing to count")
         config = with_dtype(registry.override(config, overrides, name), dtype)
         inputs = dict(config.inputs(batch))
         for unused in ("labels", "segments"):

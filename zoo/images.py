@@ -36,6 +36,13 @@ _UPRIGHT = {
 }
 
 
+def listed(image: Source | tuple[Source, ...] | None) -> tuple[Source, ...]:
+    """The pictures of a record or a prompt: none, one or several."""
+    if image is None:
+        return ()
+    return image if isinstance(image, tuple) else (image,)
+
+
 def read_image(
     source: Source, *, name: str | None = None, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:

@@ -7,26 +7,14 @@ from zoo.models.core.hf import Fields
 from zoo.models.core.registry import Base, register_base
 from zoo.models.parts.assemblies.language import CausalLMConfig, causal_lm_table
 from zoo.models.parts.decoders.gqa import DecoderConfig
-from zoo.models.parts.decoders.reading import read_decoder, read_last_windows
+from zoo.models.parts.decoders.reading import read_last_windows, read_qk_normed
 from zoo.models.parts.layers.rope import RopeConfig
 
 
 def read(fields: Fields) -> CausalLMConfig:
     """The model of a `config.json` with `model_type` "qwen3"."""
-    fields.want("hidden_act", "silu")
-    bias = fields.take("attention_bias", False)
-    decoder = read_decoder(
-        fields,
-        vocab_size=151_936,
-        mlp_dim=22_016,
-        num_kv_heads=32,
-        head_dim=128,
-        context=32_768,
-        windows=read_last_windows(fields, depth=fields.take("num_hidden_layers", 32)),
-        qkv_bias=bias,
-        out_bias=bias,
-        qk_norm=True,
-    )
+    windows = read_last_windows(fields, depth=fields.take("num_hidden_layers", 32))
+    decoder = read_qk_normed(fields, context=32_768, windows=windows)
     fields.done()
     return CausalLMConfig(decoder)
 

@@ -15,7 +15,7 @@ from zoo.models.core.keytable import Table
 from zoo.models.core.registry import Base, register_base
 from zoo.models.parts.assemblies.qwen_vl import QwenVLConfig, read_qwen_vl, tower_fields
 from zoo.models.parts.decoders.gqa import DecoderConfig, decoder_table
-from zoo.models.parts.decoders.reading import read_decoder, read_rope
+from zoo.models.parts.decoders.reading import read_qk_normed, read_rope
 from zoo.models.parts.layers.rope import RopeConfig
 from zoo.models.parts.towers.qwen_vit import QwenViTConfig, merger_table, tower_table
 
@@ -71,34 +71,21 @@ def read(fields: Fields) -> QwenVLConfig:
     levels = tuple(layer + 1 for layer in vision.take("deepstack_visual_indexes", (8, 16, 24)))
     tokens = vision.take("out_hidden_size", 3584)
     vision.done()
-    return read_qwen_vl(fields, tower, tokens, _read_qwen3, levels=levels, time_in_text=True)
+    return read_qwen_vl(fields, tower, tokens, _read_text, levels=levels, time_in_text=True)
 
 
-def _read_qwen3(fields: Fields, tied: bool) -> DecoderConfig:
-    """The language model; `tied` is what the whole file says of the embeddings."""
-    fields.want("hidden_act", "silu")
-    bias = fields.take("attention_bias", False)
+def _read_text(fields: Fields) -> DecoderConfig:
+    """The language model."""
     context = fields.take("max_position_embeddings", 128_000)
-    decoder = read_decoder(
+    rope = read_rope(
         fields,
-        vocab_size=151_936,
-        mlp_dim=22_016,
-        num_kv_heads=32,
-        head_dim=128,
         context=context,
-        rope=read_rope(
-            fields,
-            context=context,
-            theta=5e5,
-            kinds=("default", "linear", "yarn"),
-            sections=(24, 20, 20),
-            interleaved=True,
-        ),
-        qkv_bias=bias,
-        out_bias=bias,
-        qk_norm=True,
+        theta=5e5,
+        kinds=("default", "linear", "yarn"),
+        sections=(24, 20, 20),
+        interleaved=True,
     )
-    return replace(decoder, tie_embeddings=tied or decoder.tie_embeddings)
+    return read_qk_normed(fields, context=context, rope=rope)
 
 
 def table(config: QwenVLConfig) -> Table:

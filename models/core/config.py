@@ -1,4 +1,4 @@
-"""The typed configuration of a model, which knows its module and its inputs."""
+"""Typed configurations: that of a model knows its module and its inputs."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,11 +13,19 @@ C = TypeVar("C")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Base of every configuration that `zoo.create` builds a model from.
-
-    Frozen, hashable, of plain values.
+class SystemConfig:
+    """Base of every configuration that `zoo.create` builds from: of a model, or of a system of
+    another form, such as a tool, an evaluator or an agent. Frozen, hashable, of plain values.
     """
+
+    def build(self) -> Any:
+        """What this configuration describes; what it is called with is for its class to say."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is built")
+
+
+@dataclass(frozen=True)
+class ModelConfig(SystemConfig):
+    """Base of every configuration of a model."""
 
     def build(self) -> "nn.Module":
         """The Flax module of this configuration."""

@@ -14,17 +14,17 @@ from fnmatch import fnmatchcase
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from zoo.models.core.card import Card, kinds, nearest, system, systems
-from zoo.models.core.config import ModelConfig
+from zoo.models.core.config import ModelConfig, SystemConfig
 from zoo.models.core.errors import UsageError
 
 if TYPE_CHECKING:
-    import flax.linen as nn
-
     from zoo.models.core.hf import Fields
     from zoo.models.core.keytable import Table
+
+C = TypeVar("C", bound=SystemConfig)
 
 STATUSES = ("planned", "shapes", "parity", "trained")
 """From no code at all upwards; a system holds its status and every one before it."""
@@ -41,7 +41,7 @@ class Entry:
     """
 
     card: Card
-    variants: Mapping[str, ModelConfig]
+    variants: Mapping[str, SystemConfig]
     table: "Callable[[Any], Table] | None" = None
 
 
@@ -96,7 +96,7 @@ _bases: dict[str, Base] = {}
 
 def register(
     card: Card,
-    variants: Mapping[str, ModelConfig],
+    variants: Mapping[str, SystemConfig],
     *,
     table: "Callable[[Any], Table] | None" = None,
 ) -> None:
@@ -256,8 +256,9 @@ def entry(name: str) -> Entry:
     return _entries[slug]
 
 
-def config(name: str, **overrides: Any) -> ModelConfig:
-    """The configuration of a slug (its first variant) or of a variant.
+def config(name: str, **overrides: Any) -> Any:
+    """The configuration of a slug (its first variant) or of a variant: a `ModelConfig`, or another
+    `SystemConfig` where the system is no model.
 
     Args:
       name: "mqt", "mqt_llava_7b", ...
@@ -273,7 +274,7 @@ def config(name: str, **overrides: Any) -> ModelConfig:
     return override(chosen, overrides, variant)
 
 
-def override(config: ModelConfig, overrides: Mapping[str, Any], name: str) -> ModelConfig:
+def override(config: C, overrides: Mapping[str, Any], name: str) -> C:
     """The configuration with other values for some fields, which are found as `config` finds them.
 
     Args:
@@ -287,7 +288,7 @@ def override(config: ModelConfig, overrides: Mapping[str, Any], name: str) -> Mo
     draft = _Draft(config)
     for field, value in overrides.items():
         draft.put(_find(draft, field, name).split("."), value, name)
-    changed: ModelConfig = draft.finish()
+    changed: C = draft.finish()
     return changed
 
 
@@ -327,8 +328,9 @@ def _dotted(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def create(name: str, **overrides: Any) -> "nn.Module":
-    """The Flax module of a slug or variant; arguments and errors are those of `config`.
+def create(name: str, **overrides: Any) -> Any:
+    """What a slug or variant stands for: the Flax module of a model, and of a system that is none
+    the object that its configuration builds. Arguments and errors are those of `config`.
 
     A value that the configuration itself refuses raises its `ValueError`.
     """
@@ -387,7 +389,7 @@ def list_models(
     return [line.slug for line in listings(pattern, kind=kind, status=status)]
 
 
-def _variant(name: str) -> tuple[str, ModelConfig]:
+def _variant(name: str) -> tuple[str, SystemConfig]:
     """The variant that a name of a system or of a base stands for, and its configuration."""
     if base_slug(name) is not None:
         variants = base(name).variants

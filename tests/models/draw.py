@@ -16,7 +16,7 @@ def draw(shapes, seed: int = 0):
             return np.zeros(leaf.shape, leaf.dtype)
         fan_in = leaf.shape[-2] if leaf.ndim > 1 else leaf.size
         noise = rng.normal(size=leaf.shape) / np.sqrt(fan_in)
-        scale = path[-1].key == "scale"
+        scale = path[-1].key in ("scale", "var")  # a variance is positive
         return (1 + 0.1 * noise if scale else noise).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(one, nn.unbox(shapes))

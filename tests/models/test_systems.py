@@ -11,37 +11,57 @@ import pytest
 
 from tests.models.draw import draw
 from zoo.models.core import registry
+from zoo.models.core.config import ModelConfig
 from zoo.models.core.errors import ZooError
 from zoo.models.core.names import spec_for, tree_names
 from zoo.models.core.tree import flatten_dict
+from zoo.models.core.types import Output
 
 SYSTEMS = sorted(registry.index())
-VARIANTS = [name for slug in SYSTEMS for name in registry.entry(slug).variants]
+ALL = {name: c for slug in SYSTEMS for name, c in registry.entry(slug).variants.items()}
+VARIANTS = [name for name, config in ALL.items() if isinstance(config, ModelConfig)]
+OTHERS = [name for name in ALL if name not in VARIANTS]
 TINY = [name for name in VARIANTS if name.endswith("_tiny")]
 
 
+def variables(config):
+    """Shapes of `params`, and of `stats` where a model keeps some."""
+    return dict(jax.eval_shape(config.build().init, jax.random.key(0), config.inputs(1)))
+
+
 def shapes(config):
-    return jax.eval_shape(config.build().init, jax.random.key(0), config.inputs(1))["params"]
+    """What key tables speak of: the parameters; with statistics, both under these names."""
+    found = variables(config)
+    return found if "stats" in found else found["params"]
 
 
 def random_batch(config, size=2, seed=0):
     """A batch of the shapes that the configuration names, with one placeholder per image."""
     rng, batch = np.random.default_rng(seed), {}
     for name, spec in config.inputs(size).items():
-        if name == "ids":
+        if name == "ids" and hasattr(config, "image_id"):
             ids = rng.integers(config.image_id + 1, config.decoder.vocab_size, spec.shape)
             ids[:, 1 : 1 + config.num_images] = config.image_id
             batch[name] = ids.astype(np.int32)
+        elif name == "ids":
+            batch[name] = rng.integers(1, 16, spec.shape).astype(np.int32)
         elif name == "text_mask":
             batch[name] = np.ones(spec.shape, bool)
         elif np.issubdtype(spec.dtype, np.floating):
             batch[name] = rng.normal(size=spec.shape).astype(np.float32)
-    batch["labels"], batch["segments"] = batch["ids"], np.zeros_like(batch["ids"])
+    if "ids" in batch:
+        batch["labels"], batch["segments"] = batch["ids"], np.zeros_like(batch["ids"])
     return batch
 
 
-def test_every_system_has_a_tiny_variant():
-    assert {registry.resolve(name)[0] for name in TINY} == set(SYSTEMS)
+def test_every_model_has_a_tiny_variant():
+    slugs = {registry.resolve(name)[0] for name in VARIANTS}
+    assert {registry.resolve(name)[0] for name in TINY} == slugs
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_no_model_is_built(name):
+    assert registry.create(name) is not None
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -49,7 +69,7 @@ def test_names_resolve_and_shard(name):
     """All logical names are known; on an fsdp mesh at least 95 % of the parameters of a full size
     are cut.
     """
-    boxed = shapes(registry.config(name))
+    boxed = variables(registry.config(name))["params"]
     mesh = jax.sharding.AbstractMesh((8,), ("fsdp",))
     names = flatten_dict(tree_names(boxed))
     cut = total = 0
@@ -95,12 +115,17 @@ def test_value_and_gradient(name):
     never reads.
     """
     config = registry.config(name)
-    model, params, batch = config.build(), draw(shapes(config)), random_batch(config)
+    model, batch = config.build(), random_batch(config)
+    kept = draw(variables(config))
+    params = kept.pop("params")
 
     def loss(params):
-        out = model.apply({"params": params}, batch)
-        logits = model.apply({"params": params}, out.hidden, method="head")
-        return jnp.mean(jax.nn.logsumexp(logits, -1) ** 2) + jnp.mean(out.hidden**3)
+        out = model.apply({"params": params, **kept}, batch)
+        if isinstance(out, Output):
+            logits = model.apply({"params": params}, out.hidden, method="head")
+            return jnp.mean(jax.nn.logsumexp(logits, -1) ** 2) + jnp.mean(out.hidden**3)
+        leaves = [x for x in jax.tree.leaves(out) if jnp.issubdtype(x.dtype, jnp.floating)]
+        return sum(jnp.mean(x**2) + jnp.mean(x**3) for x in leaves)
 
     step = jax.jit(jax.value_and_grad(loss))
     (value, grads), (again, _) = step(params), step(params)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.train.runs import kill_at, start
 from tests.train.tiny import TinyConfig, TinyData, tiny
 from zoo.models.core.errors import UsageError, ZooError
 from zoo.train.cli import find
@@ -18,13 +19,6 @@ from zoo.train.mesh import MeshConfig
 from zoo.train.metrics import read_metrics
 from zoo.train.objectives import NextToken
 from zoo.train.optim import OptimConfig
-
-
-def start(out, *settings, seconds_per_record=0.0):
-    """A run on one device, in a process of its own."""
-    command = [sys.executable, "-m", "tests.train.tiny", str(out), *settings]
-    env = {**os.environ, "XLA_FLAGS": "", "SECONDS_PER_RECORD": str(seconds_per_record)}
-    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
 
 def losses(out):
@@ -115,22 +109,16 @@ def test_eight_devices_do_what_one_does(uninterrupted, tmp_path, mesh):
 
 
 def test_killed_at_any_moment_it_continues_with_the_same_losses(uninterrupted, tmp_path):
+    def steps():
+        return len(read_metrics(tmp_path / "metrics.jsonl"))
+
     rng, kills = random.Random(time.time_ns()), 0
     for _ in range(3):
         run = start(
             tmp_path, seconds_per_record=0.01
         )  # two threads: 40 ms for the records of a step
-        began = time.monotonic()
-        lines = len(read_metrics(tmp_path / "metrics.jsonl"))
-        target = min(lines + rng.randint(1, 5), 11)
-        while run.poll() is None and time.monotonic() - began < 60:
-            if len(read_metrics(tmp_path / "metrics.jsonl")) >= target:
-                time.sleep(rng.uniform(0, 0.2))
-                run.kill()
-                run.wait()
-                kills += 1
-                break
-            time.sleep(0.005)
+        target = min(steps() + rng.randint(1, 5), 11)
+        kills += kill_at(run, steps, target, rng.uniform(0, 0.2), patience=60)
         found = losses(tmp_path)
         assert all(uninterrupted[step] == numbers for step, numbers in found.items())
     assert kills

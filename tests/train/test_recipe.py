@@ -2,7 +2,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.train.runs import kill_at, start
 from tests.train.tiny import TinyConfig, find_here, tiny, tiny_recipe
 from zoo.loading import load
 from zoo.models.core.errors import UsageError
@@ -25,12 +25,6 @@ STAGES = ("1_align", "2_instruct")
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
     monkeypatch.setattr("zoo.models.core.codec._find", find_here)
-
-
-def start(out, seconds_per_record=0.0):
-    command = [sys.executable, "-m", "tests.train.tiny", str(out), "recipe"]
-    env = {**os.environ, "XLA_FLAGS": "", "SECONDS_PER_RECORD": str(seconds_per_record)}
-    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
 
 def lines(out):
@@ -51,7 +45,7 @@ def losses(out):
 def whole(tmp_path_factory):
     """The folder of a recipe that ran through in one go."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    run = start(out)
+    run = start(out, "recipe")
     assert run.wait() == 0, run.stderr.read()
     return out
 
@@ -81,19 +75,12 @@ def test_stages_follow_one_another(whole):
 def test_killed_at_any_moment_it_continues_with_the_same_losses(whole, tmp_path):
     wanted, rng, kills = losses(whole), random.Random(time.time_ns()), 0
     for target in (3, 6, 9):  # within the first stage, between the two, within the second
-        run = start(tmp_path, seconds_per_record=0.01)
-        while run.poll() is None:
-            if lines(tmp_path) >= target:
-                time.sleep(rng.uniform(0, 0.3))
-                run.kill()
-                run.wait()
-                kills += 1
-                break
-            time.sleep(0.005)
+        run = start(tmp_path, "recipe", seconds_per_record=0.01)
+        kills += kill_at(run, lambda: lines(tmp_path), target, rng.uniform(0, 0.3))
         found = losses(tmp_path)
         assert all(wanted[step] == numbers for step, numbers in found.items())
     assert kills
-    run = start(tmp_path)
+    run = start(tmp_path, "recipe")
     assert run.wait() == 0, run.stderr.read()
     assert losses(tmp_path) == wanted
     for stage in STAGES:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from zoo.convert.hub import folder_of
-from zoo.images import read_image
+from zoo.images import listed, read_image
 from zoo.models.core.config import ModelConfig
 from zoo.models.core.errors import UsageError, ZooError
 from zoo.processors.chat import IGNORE, MARK, pad, stand_at_marks
@@ -82,7 +82,7 @@ class Chats:
         """
         shapes = {name: leaf.shape[1:] for name, leaf in self.config.inputs(1).items()}
         length, vision = shapes["ids"][0], self.processor.vision
-        pictures = _listed(record.get("image"))
+        pictures = listed(record.get("image"))
         ids, labels = self._spelled(record["conversations"], len(pictures))
         if len(ids) > length:
             raise ZooError(
@@ -98,7 +98,7 @@ class Chats:
         return {name: _grown(name, array, shapes[name]) for name, array in example.items()}
 
     def _seen(
-        self, ids: list[int], pictures: list[Any], shapes: Mapping[str, tuple[int, ...]]
+        self, ids: list[int], pictures: Sequence[Any], shapes: Mapping[str, tuple[int, ...]]
     ) -> Example:
         """The arrays of a row of ids and its pictures."""
         vision: Any = self.processor.vision
@@ -167,12 +167,6 @@ class Chats:
             content += [{"type": "image"}] if number else []
             content += [{"type": "text", "text": part}] if part.strip() or not placed else []
         return content
-
-
-def _listed(pictures: Any) -> list[Any]:
-    if pictures is None:
-        return []
-    return list(pictures) if isinstance(pictures, tuple | list) else [pictures]
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:

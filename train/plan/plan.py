@@ -13,15 +13,11 @@ from jax.sharding import Mesh
 
 from zoo.costing import program_flops
 from zoo.models.core.config import with_field
-from zoo.models.core.names import tree_names
 from zoo.train.config import Experiment
 from zoo.train.mesh import batch_sharding, check_batch_size, make_mesh
-from zoo.train.optim import learning_rate, make_optimizer
-from zoo.train.parts import divide
 from zoo.train.plan.collectives import Traffic, by_kind, traffic
 from zoo.train.plan.topology import Chip, Topology, topology
-from zoo.train.state import abstract_state, boxed_params
-from zoo.train.step import make_train_step
+from zoo.train.setup import Setup
 
 
 @dataclass(frozen=True)
@@ -124,25 +120,13 @@ def plan(experiment: Experiment, where: str | Topology) -> Plan:
 
 def traced_step(experiment: Experiment, mesh: Mesh) -> tuple[Any, Any]:
     """The shapes of the state, and the traced step, as `zoo.train.loop.train` makes them."""
-    model, config = experiment.model.build(), experiment.model
-    trained, frozen = divide(experiment.parts, boxed_params(model, config.inputs(1)))
-    moving = tuple(part for part in experiment.parts if not part.frozen)
-    optimizer = make_optimizer(experiment.optim, experiment.steps, tree_names(trained), moving)
-    averaged = experiment.average is not None
-    state = abstract_state(trained, optimizer, mesh, frozen=frozen, averaged=averaged)
-    step = make_train_step(
-        model,
-        experiment.objective,
-        optimizer,
-        learning_rate(experiment.optim, experiment.steps),
-        state,
-        accumulate=experiment.accumulate,
-        decay=experiment.average,
-    )
+    setup = Setup.of(experiment)
+    state = setup.state(mesh)
+    step = setup.train_step(state)
     sharding = batch_sharding(mesh)
     batch = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        for name, leaf in config.inputs(experiment.batch_size).items()
+        for name, leaf in experiment.model.inputs(experiment.batch_size).items()
     }
     # Not `set_mesh`, with which JAX would also compute on these devices.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

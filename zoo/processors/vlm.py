@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from zoo.images import Source, read_image
+from zoo.images import Source, listed, read_image
 from zoo.models.core.errors import UsageError, ZooError
 from zoo.processors import chat
 from zoo.processors.image import ImageProcessor
@@ -85,7 +85,7 @@ class Processor:
           ZooError if a picture cannot be read, there are too many, a text is empty, or the
             conversation is too long.
         """
-        images = _pictures(record.get("image"))
+        images = listed(record.get("image"))
         turns = record["conversations"]
         ids, labels, numbers = chat.conversation(self.tokenizer, turns, max(1, len(images)))
         length = len(ids) + self._unused(images)
@@ -164,7 +164,7 @@ class Processor:
         return cls(image, tokenizer, max_length, num_images, *crops)
 
     def _prompt(self, image: Source | tuple[Source, ...] | None, question: str) -> Example:
-        images = _pictures(image)
+        images = listed(image)
         ids = chat.prompt(self.tokenizer, question, max(1, len(images)))
         length = len(ids) + self._unused(images)
         if length > self.max_length:
@@ -208,10 +208,3 @@ class Processor:
                 crops, grid = self.image.closer(picture, crops=self.crops, square=self.square_crops)
                 views["crops"][i, : len(crops)], views["view_grid"][i] = crops, grid
         return views
-
-
-def _pictures(image: Source | tuple[Source, ...] | None) -> tuple[Source, ...]:
-    """The pictures of a record or a prompt: none, one or several."""
-    if image is None:
-        return ()
-    return image if isinstance(image, tuple) else (image,)

@@ -257,7 +257,7 @@ def read_qwen_vl(
     fields: Fields,
     tower: QwenViTConfig,
     width: int,
-    read_text: Callable[[Fields, bool], DecoderConfig] | None = None,
+    read_text: Callable[[Fields], DecoderConfig] | None = None,
     **known: Any,
 ) -> QwenVLConfig:
     """The configuration that a `config.json` of the family describes.
@@ -269,8 +269,7 @@ def read_qwen_vl(
       fields: of the whole file.
       tower: what its `vision_config` says.
       width: of the tokens that the tower makes for the language model.
-      read_text: from the fields of the language model, and what the whole file says of tied
-        embeddings, to the decoder; by default that of Qwen2.
+      read_text: from the fields of the language model to the decoder; by default that of Qwen2.
       **known: further fields of the `QwenVLConfig`.
 
     Raises:
@@ -281,7 +280,8 @@ def read_qwen_vl(
         text = fields.sub("text_config")
         fields.ignore(*_TEXT_FIELDS)
     tied = bool(fields.take("tie_word_embeddings", False))
-    decoder = (read_text or _read_qwen2)(text, tied)
+    decoder = (read_text or _read_qwen2)(text)
+    decoder = replace(decoder, tie_embeddings=tied or decoder.tie_embeddings)
     if width != decoder.width:
         raise UsageError(
             f"{fields.name}: the tower makes tokens of width {width}, the language model takes "
@@ -322,8 +322,8 @@ _TEXT_FIELDS = (
 """What older files say of the language model beside `vision_config`."""
 
 
-def _read_qwen2(fields: Fields, tied: bool) -> DecoderConfig:
-    """The language model of Qwen2; `tied` is what the whole file says of the embeddings."""
+def _read_qwen2(fields: Fields) -> DecoderConfig:
+    """The language model of Qwen2."""
     fields.want("hidden_act", "silu")
     fields.want("use_sliding_window", False)
     fields.ignore("sliding_window", "max_window_layers")  # not in use
@@ -348,4 +348,4 @@ def _read_qwen2(fields: Fields, tied: bool) -> DecoderConfig:
         qkv_bias=True,
     )
     fields.want("layer_types", ("full_attention",) * decoder.depth)
-    return replace(decoder, tie_embeddings=tied or decoder.tie_embeddings)
+    return decoder

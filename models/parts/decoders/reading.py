@@ -195,6 +195,25 @@ _SCALINGS: Mapping[str, Callable[[Fields, int, int | None], Any] | None] = Mappi
 )
 
 
+def read_qk_normed(fields: Fields, **known: Any) -> DecoderConfig:
+    """A decoder whose queries and keys are normed head by head, alone or as the language model of
+    another; arguments as of `read_decoder`.
+    """
+    fields.want("hidden_act", "silu")
+    bias = fields.take("attention_bias", False)
+    return read_decoder(
+        fields,
+        vocab_size=151_936,
+        mlp_dim=22_016,
+        num_kv_heads=32,
+        head_dim=128,
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm=True,
+        **known,
+    )
+
+
 def read_window(fields: Fields, default: int | None) -> int | None:
     """`sliding_window`, where null means full attention."""
     window: int | None = fields.take("sliding_window", default)
