@@ -10,7 +10,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from zoo.models.core.errors import ZooError
-from zoo.plot import Sample, accuracy_figure, answers_figure, kept_patches_figure, save
+from zoo.plot import (
+    Sample,
+    accuracy_figure,
+    answers_figure,
+    kept_patches_figure,
+    save,
+    token_groups_figure,
+)
 
 OVERALL = {1: 0.05, 4: 0.5, 16: 0.9}
 BY_KIND = {"reading": {1: 0.1, 4: 0.2, 16: 0.8}, "counting": {1: 0.0, 4: 0.8, 16: 1.0}}
@@ -71,6 +78,23 @@ def test_kept_patches_are_seen_and_the_others_veiled():
     assert (veil > 0).tolist() == [[True, False, False], [False, True, False]]
     with pytest.raises(ValueError, match=r"want \[layers, 6\]"):
         kept_patches_figure(picture, (2, 3), kept[:, :5], title="")
+
+
+def test_merged_patches_have_the_colour_of_their_token():
+    picture = np.zeros((20, 30, 3), np.uint8)
+    groups = np.array([[0, 0, 1, -1, 2, 2], [0, 1, 2, 3, 4, 5]])
+    figure = token_groups_figure(picture, (2, 3), groups, title="x", labels=["one", "all"])
+    first, second = figure.axes[:2]
+    assert first.get_title("left") == "one: 3 tokens"
+    assert second.get_title("left") == "all: 6 tokens"
+    veil = first.images[1].get_array()
+    assert (veil[0, 0] == veil[0, 1]).all()
+    assert (veil[1, 1] == veil[1, 2]).all()
+    assert (veil[0, 0] != veil[1, 1]).any()
+    assert veil[0, 2, 3] == 0  # alone
+    assert veil[1, 0, 3] == 0.85  # dropped
+    with pytest.raises(ValueError, match="groups"):
+        token_groups_figure(picture, (2, 3), groups[:, :5], title="")
 
 
 @pytest.mark.filterwarnings("error")

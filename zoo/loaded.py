@@ -3,19 +3,22 @@
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, overload, runtime_checkable
 
 import flax.linen as nn
 import jax
 
-from zoo.generate.autoregressive import Answers, Reader, reading
+from zoo.convert.place import flat_paths, nested, shardings_of
+from zoo.convert.transfer import plan_transfer
+from zoo.generate.autoregressive import Answers, Decoding, Reader, reading
 from zoo.generate.sampling import Sampling
 from zoo.generate.text import spoken
 from zoo.images import Source
 from zoo.models.core.config import ModelConfig
 from zoo.models.core.errors import UsageError
+from zoo.models.core.registry import override
 from zoo.models.core.types import Array, Batch
 from zoo.models.parts.assemblies.language import LanguageModel
 from zoo.processors.vlm import Processor
@@ -62,6 +65,8 @@ class Loaded:
       processor: from pictures and text to batches, and from ids to text: a `Speaker` for a model
         that answers, None for a checkpoint without a tokenizer.
       about: where it is from, such as the experiment and the step.
+      stats: its running statistics, of a model that was trained here and keeps some.
+      decoding: how answers are decoded where it is not from the plain reading of the prompt alone.
     """
 
     folder: Path
@@ -70,6 +75,13 @@ class Loaded:
     params: Any
     processor: Any
     about: dict[str, Any]
+    stats: Any = field(default_factory=dict)
+    decoding: Decoding | None = None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """All that the module is applied to: `model.apply(variables, batch)`."""
+        return {"params": self.params} | ({"stats": self.stats} if self.stats else {})
 
     @overload
     def generate(
@@ -129,7 +141,7 @@ class Loaded:
           UsageError: pictures and places for them differ in number, or the model cannot take this
             budget.
         """
-        batch = self._encode(images, prompts, system)
+        batch = self.encode(images, prompts, system)
         answers = self.answers(
             batch, budget=budget, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
         )
@@ -160,9 +172,39 @@ class Loaded:
         Raises:
           As `generate`.
         """
-        batch = self._encode(images, prompt, system)
+        batch = self.encode(images, prompt, system)
         answers = self._begin(batch, budget, max_new_tokens, sampling)
         return _pieces(self._spoken(answers, stop, every))
+
+    def with_(self, *, seed: int = 0, **overrides: Any) -> "Loaded":
+        """The same parameters in a model with other settings; nothing is read or copied.
+
+            model.with_(reducer="fastervlm", keep=64)
+
+        Args:
+          seed: of parameters that the settings add, which `about` then lists under "new"; those
+            that have no place any more are listed under "unused".
+          **overrides: settings of the model, as `zoo.create` takes them.
+
+        Raises:
+          UsageError: an unknown setting, or one that the parameters do not fit.
+        """
+        name = str(self.about.get("source", self.folder))
+        try:
+            config = override(self.config, overrides, name)
+        except ValueError as error:
+            raise UsageError(f"{name}: {error}") from error
+        plan = plan_transfer(self.config, config, name)
+        flat = {p: x for p, x in flat_paths(self.params).items() if p not in plan.unused}
+        about = {key: value for key, value in self.about.items() if key not in ("new", "unused")}
+        if plan.new:
+            meshes = (getattr(leaf.sharding, "mesh", None) for leaf in jax.tree.leaves(self.params))
+            mesh = next((mesh for mesh in meshes if mesh is not None), None)
+            flat |= plan.fresh(seed, shardings_of(plan.boxed, mesh), None)
+        if plan.new or plan.unused:
+            about |= {"new": sorted(plan.new), "unused": sorted(plan.unused)}
+        params = nested(flat)
+        return replace(self, config=config, model=config.build(), params=params, about=about)
 
     def answers(
         self,
@@ -205,16 +247,27 @@ class Loaded:
         with _refusing(budget):
             return _logits(reader, self.params, inputs, masked)
 
-    def _encode(self, images: Any, prompts: Any, system: str | None) -> Batch:
-        speaker = self._speaker()
+    def encode(self, images: Any, prompts: Any, system: str | None = None) -> Batch:
+        """The batch of what `generate` is asked, as `answers` and `logits` take it."""
+        speaker = self.speaker
         if system is None:
             return speaker.encode_prompt(images, prompts)
         if isinstance(speaker, Processor):
             raise UsageError("this model has learned no system text: leave it out")
         return speaker.encode_prompt(images, prompts, system=system)
 
-    def _speaker(self) -> Any:
-        """The processor, if this is a model that answers."""
+    def reader(self, budget: int | Array | None = None) -> tuple[Reader, Array | None]:
+        """What answers are decoded with, and the budget if it is data."""
+        reader, masked = reading(self.model, budget)
+        return (reader if self.decoding is None else self.decoding(reader)), masked
+
+    @property
+    def speaker(self) -> Any:
+        """The processor, a `Speaker`.
+
+        Raises:
+          UsageError: this is no model that answers, or it has no tokenizer.
+        """
         if not isinstance(self.model, LanguageModel):
             raise UsageError(f"{self.folder} holds a model that writes no text")
         if not isinstance(self.processor, Speaker):
@@ -227,7 +280,7 @@ class Loaded:
     def _spoken(
         self, answers: Answers, stop: Sequence[str], every: int | None = None
     ) -> Iterator[list[str]]:
-        speaker = self._speaker()
+        speaker = self.speaker
         return spoken(answers, speaker.decode, byte_id=speaker.byte_id, stop=stop, every=every)
 
     def _begin(
@@ -238,14 +291,14 @@ class Loaded:
         sampling: Sampling | None,
     ) -> Answers:
         """The answers, with their first tokens."""
-        reader, masked = reading(self.model, budget)
+        reader, masked = self.reader(budget)
         with _refusing(budget):
             return Answers(
                 reader,
                 self.params,
                 batch,
                 max_new_tokens=max_new_tokens,
-                eos_id=self._speaker().stop_ids,
+                eos_id=self.speaker.stop_ids,
                 sampling=sampling,
                 budget=masked,
             )

@@ -11,9 +11,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from zoo.convert.checkpoint import open_checkpoint
+from zoo.convert.adapter import read_adapter
+from zoo.convert.checkpoint import Checkpoint, open_checkpoint
 from zoo.convert.folder import is_checkpoint
 from zoo.convert.hub import folder_of
 from zoo.convert.parts import StoredParts
@@ -31,9 +32,10 @@ from zoo.loaded import Loaded
 from zoo.models.core.config import ModelConfig, with_dtype
 from zoo.models.core.errors import UsageError, ZooError
 from zoo.models.core.keytable import Piece
-from zoo.models.core.registry import override
+from zoo.models.core.registry import Base, base, override
+from zoo.processors.pictures import PICTURES, Pictures
 from zoo.processors.vlm import Processor
-from zoo.saving import CONFIG, MODEL, PARAMS, SOURCE, TENSORS, read_description
+from zoo.saving import CONFIG, MODEL, PARAMS, SOURCE, STATS, TENSORS, read_description
 from zoo.whole import MANIFEST
 
 _PROCESSING = (
@@ -53,6 +55,7 @@ def load(
     dtype: Any = None,
     *,
     seed: int = 0,
+    adapter: str | Path | None = None,
     **overrides: Any,
 ) -> Loaded:
     """Load a model, or its weights into another one.
@@ -77,6 +80,9 @@ def load(
         parameters keep the dtype that they are stored in, and what is computed from them is
         float32. New parameters are float32 by default.
       seed: of new parameters.
+      adapter: a folder, or a name on the hub, with low-rank adapters in the layout of `peft` for
+        this model; they stand beside its kernels, see `zoo.models.parts.layers.operands`, of which
+        `merge` makes one array each.
       **overrides: settings of the model, as `zoo.create` takes them.
 
     Raises:
@@ -86,14 +92,7 @@ def load(
         of another version, or not the one that its configuration describes.
     """
     target = as_float(dtype)
-    folder = _find(folder_of(source))
-    theirs = open_checkpoint(folder) if is_checkpoint(folder) else None
-    about: dict[str, Any]
-    if theirs is not None:
-        config, about = theirs.config, {"source": str(source), "base": theirs.base.slug}
-    else:
-        description = read_description(folder)
-        config, about = description.config, description.about
+    folder, theirs, config, about = _open(source)
     stored = config
     try:
         config = override(config, overrides, str(source))
@@ -119,13 +118,73 @@ def load(
         fresh = plan.fresh(seed, shardings, target)
         params = nested(flat_paths(params) | fresh)
         about = {**about, "new": sorted(fresh), "unused": sorted(plan.unused)}
-    return Loaded(folder, config, config.build(), params, _processor(folder, config), about)
+    if adapter is not None:
+        home = architecture(stored, about)
+        given = (folder_of(adapter), params, boxed, home, stored, mesh, target)
+        params, about = read_adapter(*given), {**about, "adapter": str(adapter)}
+    stats = saved_stats(folder, mesh) if config == stored else {}
+    processor = _processor(folder, config)
+    return Loaded(folder, config, config.build(), params, processor, about, stats)
+
+
+def config_of(source: str | Path, dtype: Any = None) -> ModelConfig:
+    """The configuration of a model, none of whose weights is read; as `load`, without overrides."""
+    target, config = as_float(dtype), _open(source)[2]
+    return config if target is None else with_dtype(config, target.name)
+
+
+def architecture(config: ModelConfig, about: Mapping[str, Any]) -> Base:
+    """The architecture of the Hugging Face hub that a model is of, or was trained from.
+
+    Args:
+      config: of the model.
+      about: what is known about it, as in `Loaded.about`.
+
+    Raises:
+      UsageError: it is of none, or of none that has a place for all of it.
+    """
+    start = about.get("start", [])
+    if "base" not in about and len(start) == 1:
+        return architecture(config, _open(start[0])[3])
+    found = base(about["base"]) if "base" in about else None
+    if found is None or all(type(known) is not type(config) for known in found.variants.values()):
+        raise UsageError(
+            "the model is no checkpoint of the Hugging Face hub, and was not trained from one: "
+            "only adapters of these have a layout"
+        )
+    return found
+
+
+def _open(
+    source: str | Path,
+) -> tuple[Path, Checkpoint | None, ModelConfig, dict[str, Any]]:
+    """The folder of a model, as a Hugging Face checkpoint if it is one, its configuration and what
+    is known about it.
+    """
+    folder = _find(folder_of(source))
+    if is_checkpoint(folder):
+        theirs = open_checkpoint(folder)
+        about = {"source": str(source), "base": theirs.base.slug}
+        return folder, theirs, theirs.config, about
+    description = read_description(folder)
+    return folder, None, description.config, description.about
+
+
+def saved_stats(folder: Path, mesh: Mesh | None = None) -> dict[str, Any]:
+    """The running statistics in the folder of a model, on every device; {} where it keeps none."""
+    if not (folder / STATS).is_file():
+        return {}
+    tensors = read_safetensors(folder / STATS)
+    where = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return nested({path: jax.device_put(np.asarray(leaf), where) for path, leaf in tensors.items()})
 
 
 def _processor(folder: Path, config: ModelConfig) -> Any:
     """The processor that belongs to the model; None where its files are not there."""
     if (folder / "processor.json").is_file():
         return Processor.load(folder)
+    if (folder / PICTURES).is_file():
+        return Pictures.load(folder)
     source = folder / SOURCE if (folder / SOURCE).is_dir() else folder
     if not any((source / name).is_file() for name in _PROCESSING):
         return None

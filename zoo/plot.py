@@ -1,5 +1,5 @@
-"""Figures: accuracy against the number of vision tokens, questions with the answers of a model, and
-the patches of a picture that each layer of a model keeps.
+"""Figures: accuracy against the number of vision tokens, questions with the answers of a model, the
+patches of a picture that each layer of a model keeps, and power laws through points.
 
 Every function returns a `matplotlib.figure.Figure` that belongs to no window and no global state;
 `save` writes it.
@@ -9,14 +9,18 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 
 from zoo.models.core.errors import ZooError
+
+if TYPE_CHECKING:
+    from zoo.evaluate.powerlaw import PowerLaw
 
 INK, FAINT, GRID = "#1a1a1a", "#6b6b6b", "#e3e3e3"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -133,6 +137,7 @@ def kept_patches_figure(
     kept: np.ndarray,
     *,
     title: str,
+    labels: Sequence[str] | None = None,
     columns: int = 8,
 ) -> Figure:
     """The picture once for every layer, with a veil over the patches that the layer leaves out.
@@ -142,6 +147,7 @@ def kept_patches_figure(
       grid: rows and columns of patches.
       kept: bool [layers, N], the patches row by row.
       title: what it shows.
+      labels: what stands above each, where these are no layers (methods, or budgets).
       columns: number of layers in a row of the figure.
 
     Raises:
@@ -150,9 +156,63 @@ def kept_patches_figure(
     kept = np.asarray(kept, bool)
     if kept.ndim != 2 or kept.shape[1] != grid[0] * grid[1]:
         raise ValueError(f"kept {kept.shape}: want [layers, {grid[0] * grid[1]}], grid {grid}")
+    names = [f"layer {i}" for i in range(len(kept))] if labels is None else labels
+    veils = np.ones((len(kept), *grid, 4))
+    veils[..., 3] = np.where(kept.reshape(-1, *grid), 0, 0.85)
+    titles = [f"{name}: {mask.sum()}" for name, mask in zip(names, kept, strict=True)]
+    return _over_picture(picture, veils, titles, title=title, columns=columns)
+
+
+def token_groups_figure(
+    picture: np.ndarray,
+    grid: tuple[int, int],
+    groups: np.ndarray,
+    *,
+    title: str,
+    labels: Sequence[str] | None = None,
+    columns: int = 4,
+) -> Figure:
+    """The picture once for every row of `groups`, patches that became one token in one colour and
+    those that were dropped under a veil. Patches that stayed by themselves have no colour.
+
+    Args:
+      picture: [H, W, 3] uint8.
+      grid: rows and columns of patches.
+      groups: int [rows, N], which token each patch became a part of, -1 for none, as
+        `TokenSet.groups` has it.
+      title: what it shows.
+      labels: what stands above each row; by default the number of tokens.
+      columns: number of pictures in a row of the figure.
+
+    Raises:
+      ValueError: `groups` has another number of patches than the grid.
+    """
+    groups = np.asarray(groups)
+    if groups.ndim != 2 or groups.shape[1] != grid[0] * grid[1]:
+        raise ValueError(f"groups {groups.shape}: want [rows, {grid[0] * grid[1]}], grid {grid}")
+    veils, titles = np.zeros((len(groups), *grid, 4)), []
+    for number, row in enumerate(groups):
+        found, count = np.unique(row[row >= 0], return_counts=True)
+        # Hues a golden angle apart: neighbours in number are far apart in colour.
+        hues = {group: (i * 0.381966) % 1 for i, group in enumerate(found[count > 1])}
+        for patch, group in enumerate(row):
+            cell = veils[number, patch // grid[1], patch % grid[1]]
+            if group < 0:
+                cell[:] = 1, 1, 1, 0.85
+            elif group in hues:
+                cell[:] = *hsv_to_rgb((hues[group], 0.85, 0.95)), 0.62
+        name = "" if labels is None else f"{labels[number]}: "
+        titles.append(f"{name}{len(found)} tokens")
+    return _over_picture(picture, veils, titles, title=title, columns=columns)
+
+
+def _over_picture(
+    picture: np.ndarray, veils: np.ndarray, titles: Sequence[str], *, title: str, columns: int
+) -> Figure:
+    """The picture once for each of `veils` [n, rows, columns, RGBA], which lie over it."""
     height, width = picture.shape[:2]
-    columns = min(columns, len(kept))
-    rows = -(-len(kept) // columns)
+    columns = min(columns, len(veils))
+    rows = -(-len(veils) // columns)
     side, header = 1.5, 0.5
     size = (columns * side, header + rows * (side * height / width + 0.3))
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
@@ -160,15 +220,77 @@ def kept_patches_figure(
     every = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in every:
         axes.set_axis_off()
-    for layer, (axes, mask) in enumerate(zip(every, kept, strict=False)):
-        veil = np.ones((*grid, 4))
-        veil[..., 3] = np.where(mask.reshape(grid), 0, 0.85)
-        extent = (0, width, height, 0)
+    extent = (0, width, height, 0)
+    for axes, veil, label in zip(every, veils, titles, strict=False):
         axes.imshow(picture, extent=extent, interpolation="nearest")
         axes.imshow(veil, extent=extent, interpolation="nearest")
-        label = f"layer {layer}: {mask.sum()}"
         axes.set_title(label, fontsize=9, color=INK, loc="left", pad=3)
     return figure
+
+
+def power_law_figure(
+    groups: "Mapping[str, tuple[np.ndarray, np.ndarray, PowerLaw]]",
+    *,
+    title: str,
+    x: str,
+    y: str,
+) -> Figure:
+    """Points with their fitted laws on logarithmic axes.
+
+    Args:
+      groups: {name: (sizes [n], errors [n], law)}.
+      title: what it shows.
+      x: what the sizes are.
+      y: what the errors are.
+    """
+    chart = Figure(figsize=(8.2, 4.8), layout="constrained")
+    axes = chart.subplots()
+    for number, (name, (sizes, errors, law)) in enumerate(groups.items()):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        label = f"{name}  {law.alpha:.3g} · x^{law.beta:.3f}"
+        label += f" + {law.gamma:.3g}" if law.gamma else ""
+        axes.plot(sizes, errors, marker, color=colour, markeredgecolor="white", label=label)
+        line = np.geomspace(np.min(sizes), np.max(sizes), 100)
+        axes.plot(line, law(line), color=colour, linewidth=1.6)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel(x, fontsize=11, color=INK)
+    axes.set_ylabel(y, fontsize=11, color=INK)
+    axes.set_title(title, fontsize=12, fontweight="bold", loc="left", color=INK)
+    axes.grid(which="both", color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=INK, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(FAINT)
+    chart.legend(loc="outside right center", frameon=False, fontsize=9, labelcolor=INK)
+    return chart
+
+
+def speed_figure(points: Sequence[tuple[str, float, float, int]], *, title: str) -> Figure:
+    """Speed of image models against what they compute, on logarithmic axes; larger dots have more
+    parameters.
+
+    Args:
+      points: (name, GFLOPs of an image, images per second, parameters) each.
+      title: what it shows.
+    """
+    chart = Figure(figsize=(8.2, 4.8), layout="constrained")
+    axes = chart.subplots()
+    for number, (name, gflops, speed, params) in enumerate(points):
+        area = 30 + 4e-6 * params
+        axes.scatter(gflops, speed, area, COLOURS[number % len(COLOURS)], alpha=0.75, linewidth=0)
+        axes.annotate(name, (gflops, speed), (6, 4), textcoords="offset points", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("GFLOPs of an image", fontsize=11, color=INK)
+    axes.set_ylabel("images per second", fontsize=11, color=INK)
+    axes.set_title(title, fontsize=12, fontweight="bold", loc="left", color=INK)
+    axes.grid(which="both", color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=INK, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(FAINT)
+    return chart
 
 
 def save(figure: Figure, file: str | Path) -> None:

@@ -10,7 +10,6 @@ its MLP branch only, and that of one that does not scales all of it.
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, overload
 
@@ -313,25 +312,6 @@ class MoD(LayerPolicy):
             return image, nobody, stream.slots, 0
         first = image & tokens.valid & (tokens.tags["cell"] < self.config.tile)
         return image, first, stream.slots, min(self.config.tile, stream.slots)
-
-
-def kept_by_cell(aux: Sequence[Aux], num_cells: int) -> np.ndarray:
-    """Which vision tokens each layer has run, for figures: bool [layers, B, N].
-
-    Args:
-      aux: of all layers, as `Output.aux`; layers that choose nothing run all.
-      num_cells: N, vision tokens before any layer.
-    """
-    layers = []
-    for report in aux:
-        if "kept_cells" not in report:
-            layers.append(None)
-            continue
-        cells = np.asarray(report["kept_cells"])  # [B, C]
-        layers.append((cells[:, :, None] == np.arange(num_cells)).any(1))
-    batch = next((len(kept) for kept in layers if kept is not None), 1)
-    everything = np.ones((batch, num_cells), bool)
-    return np.stack([everything if kept is None else kept for kept in layers])
 
 
 def _released(config: LlavaConfig) -> LlavaConfig:

@@ -10,6 +10,7 @@ import zoo
 from tests.models.draw import draw
 from zoo.generate.sampling import Sampling
 from zoo.loaded import Loaded
+from zoo.models.connectors.mqt import MQT
 from zoo.models.core.errors import UsageError
 from zoo.processors import ImageProcessor, Processor, Tokenizer
 
@@ -77,3 +78,26 @@ def test_what_a_model_cannot_do_is_said(loaded, pictures):
     tower = dataclasses.replace(loaded, model=zoo.config("mqt_tiny").tower.build())
     with pytest.raises(UsageError, match="writes no text"):
         tower.stream(None, PROMPT)
+
+
+def test_other_settings_with_the_same_parameters(tmp_path):
+    """A reducer comes and goes without a copy; what a part adds is named."""
+    config = zoo.config("llava_tiny")
+    shapes = jax.eval_shape(config.build().init, jax.random.key(0), config.inputs(1))["params"]
+    params = jax.tree.map(jax.numpy.asarray, draw(shapes))
+    whole = Loaded(tmp_path, config, config.build(), params, None, {"source": "x"})
+    fewer = whole.with_(reducer="fastervlm", keep=4)
+    assert fewer.config == zoo.config("llava_tiny", reducer="fastervlm", keep=4)
+    kept, want = (dict(jax.tree_util.tree_leaves_with_path(x.params)) for x in (fewer, whole))
+    assert kept.keys() == want.keys()
+    assert all(kept[path] is want[path] for path in want)
+    assert fewer.about == {"source": "x"}
+    assert fewer.with_(keep=2).config.slots == 2
+    assert fewer.with_(reducer=None).config == config
+    other = whole.with_(connector=MQT(4, 2))
+    assert "connector/queries" in other.about["new"]
+    assert "connector/up/kernel" in other.about["unused"]
+    with pytest.raises(UsageError, match="there are 16 tokens"):
+        whole.with_(reducer="fastervlm", keep=17)
+    with pytest.raises(UsageError, match="does not fit"):
+        whole.with_(**{"decoder.depth": 3})

@@ -148,7 +148,7 @@ def test_text_only_is_the_language_model(setup):
 
 def test_another_image_size_is_refused(setup):
     _, model, params, batch, _ = setup
-    with pytest.raises(ValueError, match=r"pixels: got \(20, 20, 3\)"):
+    with pytest.raises(ValueError, match=r"pixels: got \(.*20, 20, 3\)"):
         model.apply(
             {"params": params}, {**batch, "pixels": np.zeros((2, 1, 20, 20, 3), np.float32)}
         )

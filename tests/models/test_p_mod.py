@@ -17,9 +17,10 @@ from tests.models.test_systems import random_batch, shapes
 from zoo.models.connectors.mqt import MQT
 from zoo.models.core import registry
 from zoo.models.core.types import KV, Reserve, Stream, take
-from zoo.models.decoders.p_mod import MoD, PMoD, Router, kept_by_cell, num_kept
+from zoo.models.decoders.p_mod import MoD, PMoD, Router, num_kept
 from zoo.models.parts.layers.plan import layers
 from zoo.models.parts.layers.stack import Stack
+from zoo.models.parts.reduce.report import kept_by_cell
 
 SCHEDULE = json.loads((REPO / "tests/goldens/p_mod/schedule.json").read_text("utf-8"))
 PUBLISHED = SCHEDULE["published"]

@@ -10,9 +10,10 @@ import numpy as np
 from tests.parity.case import Case
 from zoo.models.core.keytable import Row, Table
 from zoo.models.core.types import IMAGE, KV, TEXT, Reserve, Stream, Tokens
-from zoo.models.decoders.p_mod import PMoD, Router, kept_by_cell, with_routers
+from zoo.models.decoders.p_mod import PMoD, Router, with_routers
 from zoo.models.parts.decoders.gqa import DecoderConfig, decoder_table
 from zoo.models.parts.layers.stack import Stack
+from zoo.models.parts.reduce.report import kept_by_cell
 
 
 def run(case: Case) -> dict[str, np.ndarray]:

@@ -87,7 +87,7 @@ def test_packing():
     two = tiling.anyres((10, 20), [(4, 8)], tile=4, grid=(2, 2))
     one = tiling.whole_tiles(1, 4, newline=True)
     batch = tiling.pack([[one, two], [], [one]], tokens=4)
-    assert set(batch) == {"sizes", "layout"}
+    assert set(batch) == {"sizes", "tiles", "layout"}
     np.testing.assert_array_equal(batch["sizes"], [[5, 14], [0, 0], [5, 0]])
     assert batch["layout"].shape == (3, 19)
     np.testing.assert_array_equal(batch["layout"][0, :10], [0, 1, 2, 3, 16, 4, 5, 6, 7, 8])

@@ -3,9 +3,9 @@
 All of it is arithmetic on sizes; nothing here touches a pixel. The tower encodes every tile to a
 grid of Q = h w tokens. A `Reading` says, for one image (or video), how many tiles there are and
 which of their tokens are read, in which order, with a learned newline vector between the rows
-where a model has one. `pack` turns the readings of a batch into the arrays `sizes`, `layout` and
-`blend` that a batch carries (see `zoo.models.core.types`), and `stack_tiles` the tiles into
-`pixels`.
+where a model has one. `pack` turns the readings of a batch into the arrays `sizes`, `tiles`,
+`layout` and `blend` that a batch carries (see `zoo.models.core.types`), and `stack_tiles` the tiles
+into `pixels`.
 
     readings = [[anyres(size, resolutions, tile=336, grid=(24, 24))] for size in sizes]
     batch = {**pack(readings, tokens=576), "pixels": stack_tiles(tiles), ...}
@@ -52,11 +52,14 @@ class Reading:
       index: int32 [n]: token `tile * Q + row * w + column` of the image's own tiles, or `NEWLINE`;
         int32 [n, 4] where tokens are interpolated.
       weight: float32 [n, 4], the weights of the four; None with an `index` [n].
+      mosaic: rows and columns of the grid that the tiles behind the first make together; zeros
+        where they make none.
     """
 
     tiles: int
     index: np.ndarray
     weight: np.ndarray | None = None
+    mosaic: Size = (0, 0)
 
     @property
     def size(self) -> int:
@@ -228,13 +231,14 @@ def anyres(
     first = np.arange(rows * columns, dtype=np.int32)
     if ratio <= 1.1:
         lines = np.pad(flat, ((0, 0), (0, 1)), constant_values=NEWLINE)
-        return Reading(1 + down * across, np.concatenate([first, lines.reshape(-1)]))
+        index = np.concatenate([first, lines.reshape(-1)])
+        return Reading(1 + down * across, index, mosaic=(down, across))
     index, weight = _bilinear(flat, (int(box.size[0] // ratio), int(box.size[1] // ratio)))
     index = np.pad(index, ((0, 0), (0, 1), (0, 0)), constant_values=NEWLINE).reshape(-1, 4)
     weight = np.pad(weight, ((0, 0), (0, 1), (0, 0))).reshape(-1, 4)
     index, weight = (np.concatenate(pair) for pair in zip(_single(first), (index, weight)))
     weight[index[:, 0] == NEWLINE, 0] = 1
-    return Reading(1 + down * across, index, weight)
+    return Reading(1 + down * across, index, weight, (down, across))
 
 
 # Other readings.
@@ -279,19 +283,22 @@ def _bilinear(tokens: np.ndarray, size: Size) -> tuple[np.ndarray, np.ndarray]:
     weights, both [*size, 4], with half-pixel centres and clamped edges, as torch's `interpolate`
     without antialiasing.
     """
-
-    def axis(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        step = np.float32(old) / np.float32(new)
-        centre = step * (np.arange(new, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
-        centre = np.maximum(centre, 0)
-        low = np.minimum(centre.astype(np.int32), old - 1)
-        return low, np.minimum(low + 1, old - 1), centre - low
-
-    top, bottom, down = axis(tokens.shape[0], size[0])
-    left, right, across = axis(tokens.shape[1], size[1])
+    top, bottom, down = linear_taps(tokens.shape[0], size[0])
+    left, right, across = linear_taps(tokens.shape[1], size[1])
     index = [tokens[np.ix_(y, x)] for y in (top, bottom) for x in (left, right)]
     weight = [np.outer(v, u) for v in (1 - down, down) for u in (1 - across, across)]
     return np.stack(index, -1), np.stack(weight, -1).astype(np.float32)
+
+
+def linear_taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The two neighbours of each of `new` places among `old` ones, and the weight of the second,
+    [new] each: one axis of `_bilinear`.
+    """
+    step = np.float32(old) / np.float32(new)
+    centre = step * (np.arange(new, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
+    centre = np.maximum(centre, 0)
+    low = np.minimum(centre.astype(np.int32), old - 1)
+    return low, np.minimum(low + 1, old - 1), centre - low
 
 
 # Tiles of InternVL: the grid of tiles whose shape is nearest to that of the picture.
@@ -343,9 +350,10 @@ def pack(
       num_slots: S, vision tokens of every row; likewise.
 
     Returns:
-      sizes int32 [B, I], 0 for placeholders that a row does not use; layout int32 [B, S], or
-      [B, S, 4] with blend float32 [B, S, 4] where an image is interpolated, with zeros in surplus
-      slots. A newline is token M Q. Without any image, an empty dict: the batch is text only.
+      sizes int32 [B, I], 0 for placeholders that a row does not use; tiles int32 [B, I, 3], see
+      `zoo.models.core.types`; layout int32 [B, S], or [B, S, 4] with blend float32 [B, S, 4] where
+      an image is interpolated, with zeros in surplus slots. A newline is token M Q. Without any
+      image, an empty dict: the batch is text only.
     """
     images = max([num_images, *(len(row) for row in rows)])
     tiles = max([num_tiles, *(sum(r.tiles for r in row) for row in rows)])
@@ -354,6 +362,7 @@ def pack(
         return {}
     blended = any(reading.weight is not None for row in rows for reading in row)
     sizes = np.zeros((len(rows), images), np.int32)
+    cut = np.zeros((len(rows), images, 3), np.int32)
     layout = np.zeros((len(rows), slots, 4), np.int32)
     blend = np.zeros((len(rows), slots, 4), np.float32)
     for b, row in enumerate(rows):
@@ -365,10 +374,11 @@ def pack(
             where = slice(slot, slot + reading.size)
             layout[b, where] = np.where(index == NEWLINE, tiles * tokens, index + tile * tokens)
             blend[b, where], sizes[b, i] = weight, reading.size
+            cut[b, i] = reading.tiles, *reading.mosaic
             tile, slot = tile + reading.tiles, slot + reading.size
     if blended:
-        return {"sizes": sizes, "layout": layout, "blend": blend}
-    return {"sizes": sizes, "layout": layout[..., 0]}
+        return {"sizes": sizes, "tiles": cut, "layout": layout, "blend": blend}
+    return {"sizes": sizes, "tiles": cut, "layout": layout[..., 0]}
 
 
 def stack_tiles(rows: Sequence[Sequence[np.ndarray]], *, num_tiles: int = 0) -> np.ndarray:

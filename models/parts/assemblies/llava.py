@@ -6,7 +6,7 @@ between rows (LLaVA-NeXT, arXiv:2408.03326): see `zoo.processors.tiling`.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,58 +15,18 @@ import jax.numpy as jnp
 from zoo.models.core.config import ModelConfig
 from zoo.models.core.keytable import Table
 from zoo.models.core.registry import check_part
-from zoo.models.core.types import Array, Batch, Memory, Stream, TokenSet, Visual
+from zoo.models.core.types import Array, Batch, Features, Memory, Stream, TokenSet, Visual
 from zoo.models.parts.assemblies.language import LanguageModel
-from zoo.models.parts.assemblies.splice import fill_slots, splice
+from zoo.models.parts.assemblies.protocols import Connector, TapSource
+from zoo.models.parts.assemblies.splice import fill_slots, number_taps, splice
 from zoo.models.parts.connect.crops import Crops, join_views
 from zoo.models.parts.connect.mlp import MLPConnector
 from zoo.models.parts.decoders.composition import compose
 from zoo.models.parts.decoders.gqa import Decoder, DecoderConfig, Plan, decoder_table
 from zoo.models.parts.layers.linear import table_init
+from zoo.models.parts.reduce import station
+from zoo.models.parts.reduce.base import Reducer, Seen, Text, Wants
 from zoo.models.parts.towers.vit import ViTConfig, clip_table
-
-
-@runtime_checkable
-class Connector(Protocol):
-    """Configuration of a connector. Its module maps (`Features`, budget=) to a `Visual`."""
-
-    def num_tokens(self, grid: tuple[int, int]) -> int:
-        """Vision tokens per image at most."""
-        ...
-
-    def build(self, vision_width: int, width: int, grid: tuple[int, int]) -> nn.Module:
-        """The module from tower width to decoder width, for a tower of this patch grid."""
-        ...
-
-
-@runtime_checkable
-class TapSource(Protocol):
-    """Configuration of a policy whose layers read vision features of their own, the taps."""
-
-    @property
-    def crops(self) -> Crops | None:
-        """The crops that it wants to see of every image."""
-        ...
-
-    def hidden_states(self, depth: int) -> tuple[int, ...]:
-        """The hidden states that it reads, 0 to `depth`, of a tower with so many layers.
-
-        Raises:
-          ValueError: one that this tower does not have.
-        """
-        ...
-
-    def taps(self, config: "LlavaConfig") -> nn.Module:
-        """The module that makes them, which stands around the connector.
-
-        It maps (`Features`, the module of the connector, view_grid=, budget=) to a `Visual` with
-        `memory["taps"]` [G, B, M Q, D]. The tokens of the features are [B, M, N, C], with crops
-        [B, M, 1 + V, N, C], the whole first.
-
-        Raises:
-          ValueError: the model has no place for it, with the reason.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -78,6 +38,7 @@ class LlavaConfig(ModelConfig):
       connector: from vision tokens to decoder tokens.
       decoder: the language model.
       policies: applied to the decoder's plan in this order; the first is innermost.
+      reducer: leaves vision tokens out, or merges them, before the decoder; None keeps all.
       vision_layer: which hidden state of the tower is read: 0 is the input of the first layer, -1
         the output of the last, before the tower's final norm, -2 of the one before. Several are
         concatenated. None is what the tower returns, after the final norm where it has one.
@@ -95,6 +56,7 @@ class LlavaConfig(ModelConfig):
     connector: Any = field(default_factory=MLPConnector)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     policies: tuple[Any, ...] = ()
+    reducer: Reducer | None = None
     vision_layer: int | tuple[int, ...] | None = -2
     keep_class: bool = False
     newline: bool = False
@@ -123,12 +85,45 @@ class LlavaConfig(ModelConfig):
                 "tokens of the tower's grid; with newline=False and num_slots=None tiles follow "
                 "one another"
             )
+        self._check_reducer()
         self.plan()
         if self.crops is not None and self.keep_class:
             raise ValueError("keep_class: class tokens have no place in a grid of crops")
         if self.tap_source is not None:
             self.tap_source.hidden_states(depth)
             self.tap_source.taps(self)
+
+    def _check_reducer(self) -> None:
+        """Raise ValueError unless the reducer, if any, fits the tower and the connector."""
+        if self.reducer is None:
+            return
+        if not isinstance(self.reducer, Reducer):
+            raise ValueError(
+                f"reducer = {self.reducer!r}: want a configuration that derives from "
+                "zoo.models.parts.reduce.base.Reducer, or with zoo.create the name of a method"
+            )
+        if self.keep_class:
+            raise ValueError("keep_class: reducers choose among patches; want a model without")
+        if self.reducing:
+            station.point_of(self.reducer, self.connector, taps=self.tap_source is not None)
+            self.reducer.wants(self.tower, self.read_layer)
+
+    @property
+    def reducing(self) -> bool:
+        """Whether there is a reducer, and it leaves anything out."""
+        return self.reducer is not None and (
+            self.reducer.num_kept(self.tile_tokens) < self.tile_tokens
+        )
+
+    @property
+    def _no_newlines(self) -> bool:
+        """Whether the reducer leaves newlines out."""
+        return self.reducing and self.reducer is not None and not self.reducer.newlines
+
+    @property
+    def read_layer(self) -> int:
+        """The tower's layer that makes the vision tokens, from 1."""
+        return self.layers[-1] if self.layers else self.tower.depth
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -157,13 +152,22 @@ class LlavaConfig(ModelConfig):
 
     @property
     def tile_tokens(self) -> int:
-        """Q: vision tokens of one image or tile, at most."""
+        """Q: vision tokens of one image or tile, at most, before a reducer."""
         return self.connector.num_tokens(self.tower.grid) + self.keep_class
 
     @property
-    def slots(self) -> int:
-        """S: vision tokens of the examples that `inputs` describes."""
+    def all_slots(self) -> int:
+        """Vision tokens of the examples that `inputs` describes, before a reducer."""
         return self.num_slots or self.num_images * self.tile_tokens + self.newline
+
+    @property
+    def slots(self) -> int:
+        """S: vision tokens of the examples that `inputs` describes, as the decoder sees them."""
+        if not self.reducing:
+            return self.all_slots
+        assert self.reducer is not None
+        kept = self.reducer.num_slots(self.num_images, self.tile_tokens)
+        return min(kept, self.all_slots)
 
     @property
     def unread(self) -> tuple[str, ...]:
@@ -171,13 +175,14 @@ class LlavaConfig(ModelConfig):
         norm.
         """
         names = list(self.tower.unread)
+        own = ("newline",) if self.newline and self._no_newlines else ()
         if self.layers and self.tower.final_norm:
             names += ["final_norm/scale", "final_norm/bias"]
         if self.tower.attention_pool:
             linears = [f"pool/{part}" for part in ("q", "k", "v", "out", "up", "down")]
             names += [f"{part}/{leaf}" for part in linears for leaf in ("kernel", "bias")]
             names += ["pool/query", "pool/mlp_norm/scale", "pool/mlp_norm/bias"]
-        return tuple(f"tower/{name}" for name in names)
+        return tuple(f"tower/{name}" for name in names) + own
 
     def plan(self) -> Plan:
         """The decoder's plan with all policies applied."""
@@ -210,7 +215,9 @@ class LlavaConfig(ModelConfig):
                 batch["view_grid"] = jax.ShapeDtypeStruct((*views[:2], 2), jnp.int32)
         if self.newline or self.num_slots is not None:
             batch["sizes"] = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
-            batch["layout"] = jax.ShapeDtypeStruct((batch_size, self.slots), jnp.int32)
+            batch["layout"] = jax.ShapeDtypeStruct((batch_size, self.all_slots), jnp.int32)
+            if self.reducing:
+                batch["tiles"] = jax.ShapeDtypeStruct((batch_size, 1, 3), jnp.int32)
         return batch
 
 
@@ -227,6 +234,9 @@ class Llava(LanguageModel):
         self.decoder = Decoder(c.decoder, c.plan())
         if c.tap_source is not None:
             self.taps = c.tap_source.taps(c)
+        if c.reducing:
+            assert c.reducer is not None
+            self.reducer = c.reducer.build(vision_width, c.decoder.width)
         if c.newline:
             vector = nn.with_logical_partitioning(table_init(c.decoder.width), ("norm",))
             self.newline = self.param("newline", vector, (c.decoder.width,))
@@ -238,40 +248,27 @@ class Llava(LanguageModel):
         crops: Array | None = None,
         view_grid: Array | None = None,
         budget: int | Array | None = None,
+        text: Text | None = None,
+        tiles: Array | None = None,
     ) -> Visual:
-        """Pixels [B, M, H, W, 3] to what the connector makes of them: tokens [B, M, Q, D].
+        """Pixels [B, M, H, W, 3] to what the connector makes of them: tokens [B, M, Q, D], or what
+        a reducer that acts on tiles has kept of these.
 
         Args:
           pixels: whole images.
           crops: [B, M, V, H, W, 3], for models that see them.
           view_grid: int [B, M, 2], how the crops lie; a square grid by default.
           budget: as in `__call__`.
+          text: for reducers that read it.
+          tiles: int [B, I, 3], as in a batch, for reducers that read it.
 
         Raises:
-          ValueError: no crops for a model that sees them, or others than it wants.
+          ValueError: no crops for a model that sees them, or others than it wants; no text for a
+            reducer that reads it.
         """
-        c, source = self.config, self.config.tap_source
-        if c.crops is not None:
-            if crops is None:
-                raise ValueError(
-                    f"a batch of pixels for this model needs crops: {c.crops.number} of each "
-                    "image, as its processor makes them"
-                )
-            pixels = join_views(pixels, crops, c.crops)
-        more = () if source is None else source.hidden_states(c.tower.depth)
-        taps = tuple(sorted({*c.layers, *more}))
-        last = max(taps) if c.layers and not self.is_initializing() else None
-        features = self.tower(pixels, taps=taps, stop_after=last)
-        if c.layers:
-            first = 0 if c.keep_class else c.tower.prefix
-            read = [features.taps[tap][..., first:, :] for tap in c.layers]
-            features = features.replace(tokens=jnp.concatenate(read, -1))
-        visual: Visual
-        if source is None:
-            visual = self.connector(features, budget=budget)
-        else:
-            visual = self.taps(features, self.connector, view_grid=view_grid, budget=budget)
-        return visual
+        batch = {"pixels": pixels, "crops": crops, "view_grid": view_grid, "tiles": tiles}
+        given = {name: value for name, value in batch.items() if value is not None}
+        return self._see(given, budget, text)[0]
 
     def stream(self, batch: Batch, budget: int | Array | None) -> tuple[Stream, Memory]:
         """Embedded text with the images in their places; text alone if there are no pixels.
@@ -280,46 +277,119 @@ class Llava(LanguageModel):
           ValueError: pixels without a `layout` for a model with a newline, which stands where the
             layout says; pixels without the crops that the model sees.
         """
-        visual = Visual(None)
-        extra = self.newline[None] if self.config.newline else None
+        c, embedded = self.config, self.decoder.embed(batch["ids"])
+        visual, seen, kept = Visual(None), None, None
+        extra = self.newline[None] if c.newline else None
         if "pixels" in batch:
-            views = {name: batch.get(name) for name in ("crops", "view_grid")}
-            visual = self.encode_image(batch["pixels"], **views, budget=budget)
-            if self.config.newline and "layout" not in batch:
+            text = station.text_of(batch, embedded, c.image_id)
+            visual, seen = self._see(batch, budget, text)
+            if c.newline and "layout" not in batch:
                 raise ValueError(
                     "a batch of pixels for a model with a newline needs a layout and sizes: "
                     "zoo.processors.tiling.pack makes them"
                 )
+            kept = self._remaining(batch, visual.tokens, seen, text, extra)
         memory = visual.memory
         if "taps" in memory:
-            memory = {**memory, "taps": _numbered(memory["taps"], batch, extra)}
-        facts = ("text_mask", "labels", "segments", "sizes", "layout", "blend")
+            memory = {**memory, "taps": number_taps(memory["taps"], batch, extra)}
+        places = {name: batch.get(name) for name in ("sizes", "layout", "blend")}
+        if kept is not None and kept.places is not None:
+            places = {"sizes": kept.places.sizes, "layout": kept.places.layout}
         stream = splice(
             batch["ids"],
-            self.decoder.embed(batch["ids"]),
-            visual.tokens,
-            image_id=self.config.image_id,
+            embedded,
+            visual.tokens if kept is None else kept.vision,
+            image_id=c.image_id,
             extra=extra,
-            **{name: batch.get(name) for name in facts},
+            **places,
+            **{name: batch.get(name) for name in ("text_mask", "labels", "segments", "guide")},
         )
-        return stream, memory
+        return stream if kept is None else kept.restore(stream, c.reducer), memory
 
+    def _see(
+        self, batch: Batch, budget: int | Array | None, text: Text | None
+    ) -> tuple[Visual, Seen | None]:
+        """The vision tokens of tiles, reduced where that is done in tiles; and with a reducer, what
+        it sees of them.
+        """
+        c, source = self.config, self.config.tap_source
+        features, whole = self._features(batch)
+        if not c.reducing:
+            return self._connect(features, batch, budget), None
+        assert c.reducer is not None
+        if c.reducer.reads_text and text is None:
+            raise ValueError(
+                f"{type(c.reducer).__name__} chooses vision tokens by the text: want a batch with "
+                "ids, or the text"
+            )
+        blended = "blend" in batch
+        point = station.point_of(c.reducer, c.connector, taps=source is not None, blended=blended)
+        stride = getattr(c.connector, "stride", None)
+        rows, columns = c.tower.grid
+        grid = None if stride is None else (rows // stride, columns // stride)
+        facts = {"tiles": batch.get("tiles"), "layer": c.read_layer, "prefix": c.tower.prefix}
+        if point == "tower":
+            seen = station.seen_by(c.reducer, whole.tokens, whole, grid=grid, **facts)
+            kept = self.reducer(seen, text, keep=seen.per_tile)
+            inner = Features(kept.tokens, features.grid)
+            visual = self._connect(inner, batch, None)
+            return visual.replace(tokens=kept.replace(tokens=visual.tokens.tokens)), seen
+        visual = self._connect(features, batch, budget)
+        found = visual.tokens
+        seen = station.seen_by(c.reducer, found.tokens, whole, grid=grid, mask=found.mask, **facts)
+        if point == "connector":
+            kept = self.reducer(seen, text, keep=seen.per_tile)
+            visual = visual.replace(tokens=kept)
+        return visual, seen
 
-def _numbered(taps: Array, batch: Batch, extra: Array | None) -> Array:
-    """Taps [G, B, M Q, D] in the numbers that `splice` gives the vision tokens (`cell`): those that
-    the model adds come after them in every level, and where tokens are blended, so are the taps.
-    """
-    if "blend" in batch:
+    def _features(self, batch: Batch) -> tuple[Features, Features]:
+        """What the tower makes of the pictures; and of the whole ones, where it sees crops too."""
+        c, source, pixels = self.config, self.config.tap_source, batch["pixels"]
+        if c.crops is not None:
+            if batch.get("crops") is None:
+                raise ValueError(
+                    f"a batch of pixels for this model needs crops: {c.crops.number} of each "
+                    "image, as its processor makes them"
+                )
+            pixels = join_views(pixels, batch["crops"], c.crops)
+        more = () if source is None else source.hidden_states(c.tower.depth)
+        wants = c.reducer.wants(c.tower, c.read_layer) if c.reducing else Wants()
+        taps = tuple(sorted({*c.layers, *more, *wants.taps}))
+        last = max(*taps, *wants.qk, 0) if c.layers and not self.is_initializing() else None
+        options = {"qk": wants.qk} if wants.qk else {}
+        features = self.tower(pixels, taps=taps, stop_after=last, **options)
+        if c.layers:
+            first = 0 if c.keep_class else c.tower.prefix
+            read = [features.taps[tap][..., first:, :] for tap in c.layers]
+            features = features.replace(tokens=jnp.concatenate(read, -1))
+        if features.tokens.ndim == 4:
+            return features, features
+        return features, jax.tree.map(lambda leaf: leaf[:, :, 0], features)
 
-        def blended(level: Array) -> Array:
-            vision = TokenSet(level[:, None])
-            return fill_slots(vision, batch["layout"], batch["blend"], extra)[0]
+    def _connect(self, features: Features, batch: Batch, budget: int | Array | None) -> Visual:
+        """What the connector makes of features, or the policy that makes taps around it."""
+        if self.config.tap_source is None:
+            return self.connector(features, budget=budget)
+        grid = batch.get("view_grid")
+        return self.taps(features, self.connector, view_grid=grid, budget=budget)
 
-        return jax.lax.map(blended, taps)
-    if extra is None:
-        return taps
-    more = jnp.broadcast_to(extra.astype(taps.dtype), (*taps.shape[:2], *extra.shape))
-    return jnp.concatenate([taps, more], 2)
+    def _remaining(
+        self, batch: Batch, vision: TokenSet, seen: Seen | None, text: Text, extra: Array | None
+    ) -> station.Remaining | None:
+        """What remains of the vision tokens, in its places; None where there is no reducer."""
+        c = self.config
+        if seen is None:
+            return None
+        assert c.reducer is not None
+        tokens = c.tile_tokens
+        if vision.index is not None:
+            return station.remaining(c.reducer, vision, batch, seen, tokens)
+        filled, cell, valid = fill_slots(vision, batch.get("layout"), batch.get("blend"), extra)
+        newline = vision.tokens.shape[1] * vision.tokens.shape[2]
+        seen = station.at_slots(c.reducer, seen, batch, filled, valid, newline)
+        keep = c.reducer.num_slots(vision.tokens.shape[1], tokens, filled.shape[1])
+        kept = self.reducer(seen, text, keep=keep)
+        return station.remaining_slots(kept, batch, cell)
 
 
 def llava_table(config: LlavaConfig) -> Table:

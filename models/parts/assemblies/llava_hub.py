@@ -43,6 +43,13 @@ RENAMES = (
 """From the modules of transformers 5 and from the files of transformers 4 to what transformers 5
 writes."""
 
+MODULES = (
+    (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+)
+"""From what transformers 5 writes to its modules."""
+
 
 def read_decoder(fields: Fields, *, default: str, tied: bool | None = None) -> DecoderConfig:
     """The decoder of a `text_config`.

@@ -48,6 +48,9 @@ QWEN2_7B = DecoderConfig(
 RENAMES = ((r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual."))
 """From the names of the live modules of transformers 5 to those of the hub's checkpoints."""
 
+MODULES = ((r"^model\.", "model.language_model."), (r"^visual\.", "model.visual."))
+"""The way back."""
+
 
 @dataclass(frozen=True)
 class _Levels:

@@ -3,7 +3,17 @@
 import jax
 import jax.numpy as jnp
 
-from zoo.models.core.types import IGNORE, IMAGE, TEXT, Array, Stream, Tokens, TokenSet, take
+from zoo.models.core.types import (
+    IGNORE,
+    IMAGE,
+    TEXT,
+    Array,
+    Batch,
+    Stream,
+    Tokens,
+    TokenSet,
+    take,
+)
 
 
 def splice(
@@ -19,6 +29,7 @@ def splice(
     layout: Array | None = None,
     blend: Array | None = None,
     extra: Array | None = None,
+    guide: Array | None = None,
 ) -> Stream:
     """Expand every image placeholder into the vision tokens of its image.
 
@@ -43,6 +54,7 @@ def splice(
       blend: float [B, S, 4], the weights of the four tokens of every slot; `cell` is then the
         number of the slot, and a slot is valid if all four tokens are.
       extra: [E, D] vision tokens that the model adds to those of every row, numbered from M Q.
+      guide: bool [B, T], text by which policies choose vision tokens; it becomes a tag.
 
     Returns:
       A stream of length T - I + S with S slots.
@@ -52,7 +64,8 @@ def splice(
     """
     batch, length = ids.shape
     text_mask = jnp.ones(ids.shape, bool) if text_mask is None else text_mask
-    tags = {} if segments is None else {"segment": segments}
+    facts = {"segment": segments, "guide": guide}
+    tags = {name: fact for name, fact in facts.items() if fact is not None}
     if vision is None:
         tokens = Tokens.sequence(text_mask, cell=jnp.full(ids.shape, -1, jnp.int32), **tags)
         return Stream(embedded, _with_labels(tokens, labels), 0)
@@ -112,6 +125,23 @@ def fill_slots(
     )
     cell = jnp.broadcast_to(jnp.arange(layout.shape[1], dtype=jnp.int32), layout.shape[:2])
     return mixed.astype(flat.dtype), cell, take(seen, layout).all(-1)
+
+
+def number_taps(taps: Array, batch: Batch, extra: Array | None) -> Array:
+    """Taps [G, B, M Q, D] in the numbers that `splice` gives the vision tokens (`cell`): those that
+    the model adds come after them in every level, and where tokens are blended, so are the taps.
+    """
+    if "blend" in batch:
+
+        def blended(level: Array) -> Array:
+            vision = TokenSet(level[:, None])
+            return fill_slots(vision, batch["layout"], batch["blend"], extra)[0]
+
+        return jax.lax.map(blended, taps)
+    if extra is None:
+        return taps
+    more = jnp.broadcast_to(extra.astype(taps.dtype), (*taps.shape[:2], *extra.shape))
+    return jnp.concatenate([taps, more], 2)
 
 
 def _with_labels(tokens: Tokens, labels: Array | None) -> Tokens:

@@ -1,6 +1,7 @@
 """The MLP connector of LLaVA. Follows: arXiv:2310.03744 (`mlp2x_gelu`)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import flax.linen as nn
 
@@ -17,6 +18,8 @@ class MLPConnector:
       activation: a name of `ACTIVATIONS`.
       bias: biases in both layers.
     """
+
+    stride: ClassVar[int] = 1  # side of the squares of patches that tokens are made of
 
     activation: str = "gelu"
     bias: bool = True

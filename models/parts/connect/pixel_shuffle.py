@@ -8,6 +8,7 @@ from zoo.models.core.types import Array, Features, TokenSet, Visual
 from zoo.models.parts.layers.activations import ACTIVATIONS
 from zoo.models.parts.layers.linear import dense
 from zoo.models.parts.layers.norms import LayerNorm
+from zoo.models.parts.layers.spatial import space_to_depth
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class PixelShuffle:
     factor: int = 2
     activation: str = "gelu"
     norm_eps: float = 1e-5
+
+    @property
+    def stride(self) -> int:
+        """Side of the squares of patches that tokens are made of."""
+        return self.factor
 
     def num_tokens(self, grid: tuple[int, int]) -> int:
         """Vision tokens per image that the decoder sees."""
@@ -72,6 +78,6 @@ def pixel_shuffle(tokens: Array, grid: tuple[int, int], factor: int) -> Array:
     """[..., h w, C] to [..., h w / factor^2, factor^2 C]: every square of tokens becomes one, its
     rows one after the other.
     """
-    (h, w), f, lead = (grid[0] // factor, grid[1] // factor), factor, tokens.shape[:-2]
-    x = tokens.reshape(*lead, h, f, w, f, -1).swapaxes(-4, -3)  # [..., h, w, f, f, C]
-    return x.reshape(*lead, h * w, -1)
+    x = tokens.reshape(*tokens.shape[:-2], *grid, tokens.shape[-1])
+    x = space_to_depth(x, (factor, factor), "cells_first")  # [..., h, w, f f C]
+    return x.reshape(*tokens.shape[:-2], -1, x.shape[-1])

@@ -1,0 +1,1 @@
+"""Systems that give the language model fewer vision tokens."""
