@@ -49,6 +49,16 @@ import tests.live.reference  # declares what a torchvision for the CPU lacks
     "03_matryoshka_budgets.ipynb": PLAIN + FEW,
     "04_mixture_of_depths.ipynb": FEW,
     "05_deepstack.ipynb": FEW,
+    "07_vision_backbones.ipynb": """
+NAMES, LOOK, SECONDS = ("swin_tiny", "inceptionnext_tiny"), "swin_tiny", 0.01
+SIZES = {"img_size": 16, "patch_size": 2, "embed_dim": 8, "depths": (2, 1), "num_heads": (2, 4)}
+ORIGINAL = (
+    "swin_tiny_patch4_window7_224",
+    {**SIZES, "window_size": 4, "mlp_ratio": 2.0, "num_classes": 5},
+)
+
+import tests.live.reference  # declares what a torchvision for the CPU lacks
+""",
 }
 """What stands in the cell with parameters when the tests run it."""
 
@@ -58,6 +68,7 @@ PICTURES = {
     "03_matryoshka_budgets.ipynb": [True, True, True],
     "04_mixture_of_depths.ipynb": [True, True],
     "05_deepstack.ipynb": [True, True, True],
+    "07_vision_backbones.ipynb": [True, True],
 }
 """Of the pictures that each shows, whether they are wide."""
 

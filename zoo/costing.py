@@ -56,7 +56,8 @@ class Cost:
       text_tokens: tokens of text per example.
       vision_tokens: slots for vision tokens per example, those that the decoder's first layer sees.
       params: number of parameters by part, and `total`.
-      flops: of `encode` (pictures to decoder tokens), `prefill` (the decoder over the whole prompt,
+      flops: of `encode` (pictures to decoder tokens; of an image encoder or classifier, the whole
+        forward pass, and there is nothing else), `prefill` (the decoder over the whole prompt,
         with logits at every position, as published tables have it; generating computes those of the
         last one only), of which these logits are `head`, and `decode_step` (one more token after
         that prompt).
@@ -102,8 +103,8 @@ def cost(
       **overrides: settings of the model, as `zoo.create` takes them.
 
     Raises:
-      UsageError: an unknown name or setting, a model without a decoder's forward pass, or a size
-        that it cannot take.
+      UsageError: an unknown name or setting, a model that neither answers nor encodes images alone,
+        or a size that it cannot take.
     """
     name = model if isinstance(model, str) else type(model).__name__
     try:
@@ -124,6 +125,10 @@ def cost(
             inputs.pop(unused, None)
         if num_images == 0:
             inputs = {key: inputs[key] for key in ("ids", "text_mask") if key in inputs}
+        if set(inputs) == {"pixels"}:
+            if text_tokens or num_images or budget:
+                raise UsageError(f"{name} sees one image and reads no text: leave these settings")
+            return _count_encoder(name, config.build(), inputs, batch, width)
         text = _resize_text(inputs, text_tokens)
         return _count(name, config.build(), inputs, text, batch, width, budget)
     except ValueError as error:
@@ -179,6 +184,27 @@ def _count(
             "decode_step": step,
         },
         kv_bytes={"per_layer": per_layer, "total": sum(per_layer)},
+        weight_bytes=sum(leaf.size * dtype.itemsize for leaf in jax.tree.leaves(shapes)),
+        activation_bytes=activations,
+    )
+
+
+def _count_encoder(name: str, module: nn.Module, inputs: Batch, batch: int, dtype: Any) -> Cost:
+    """The cost of a model that takes images only: of one forward pass."""
+    made = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), inputs))
+    shapes = made["params"]
+    cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+    variables = {**made, "params": cast}
+    flops, activations, out = _traced(module.apply, variables, inputs)
+    features = getattr(out, "features", None)
+    return Cost(
+        model=name,
+        batch=batch,
+        text_tokens=0,
+        vision_tokens=0 if features is None else int(features.tokens.shape[-2]),
+        params=size_by_part(shapes),
+        flops={"encode": flops},
+        kv_bytes={"per_layer": [], "total": 0},
         weight_bytes=sum(leaf.size * dtype.itemsize for leaf in jax.tree.leaves(shapes)),
         activation_bytes=activations,
     )
@@ -249,9 +275,11 @@ def _table(found: Cost) -> str:
     """The lines that `zoo cost` prints for people."""
     kv = found.kv_bytes["per_layer"]
     same = f"{len(kv)} layers of {_bytes(kv[0])}" if len(set(kv)) == 1 else f"{len(kv)} layers"
+    text = [f"{found.text_tokens} text tokens"] if kv else []
+    cache = [f"  {'KV cache':<14}{_bytes(found.kv_bytes['total']):>18}   {same}"] if kv else []
+    sizes = [f"batch {found.batch}", *text, f"{found.vision_tokens} vision tokens"]
     lines = [
-        f"{found.model}: batch {found.batch}, {found.text_tokens} text tokens, "
-        f"{found.vision_tokens} vision tokens",
+        f"{found.model}: {', '.join(sizes)}",
         "",
         "parameters",
         *(f"  {part:<14}{number:>18,}" for part, number in found.params.items()),
@@ -263,7 +291,7 @@ def _table(found: Cost) -> str:
         ),
         "",
         f"  {'weights':<14}{_bytes(found.weight_bytes):>18}",
-        f"  {'KV cache':<14}{_bytes(found.kv_bytes['total']):>18}   {same}",
+        *cache,
         f"  {'activations':<14}{_bytes(found.activation_bytes):>18}   at most, nothing fused",
     ]
     return "\n".join(lines)

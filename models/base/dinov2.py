@@ -9,7 +9,7 @@ from typing import Any
 from zoo.models.core.hf import Fields
 from zoo.models.core.keytable import Table
 from zoo.models.core.registry import Base, register_base
-from zoo.models.parts.assemblies.classifier import ViTClassifierConfig, head_table, read_classes
+from zoo.models.parts.assemblies.classifier import ClassifierConfig, head_table, read_classes
 from zoo.models.parts.towers.hub import read_sizes
 from zoo.models.parts.towers.vit import ViTConfig, embeddings_table
 
@@ -27,13 +27,13 @@ _MLP = {"up": "mlp.fc1", "down": "mlp.fc2"}
 _GATED_MLP = {("gate", "up"): "mlp.weights_in", "down": "mlp.weights_out"}
 
 
-def read(fields: Fields) -> ViTClassifierConfig:
+def read(fields: Fields) -> ClassifierConfig:
     """The configuration that a `config.json` of DINOv2 without registers describes."""
     mask_token = fields.take("use_mask_token", True)
     return _read(fields, patch_size=14, registers=0, mask_token=mask_token)
 
 
-def read_with_registers(fields: Fields) -> ViTClassifierConfig:
+def read_with_registers(fields: Fields) -> ClassifierConfig:
     """The configuration that a `config.json` of DINOv2 with registers describes."""
     registers = fields.take("num_register_tokens", 4)
     fields.want("interpolate_antialias", True)  # of early files
@@ -41,9 +41,7 @@ def read_with_registers(fields: Fields) -> ViTClassifierConfig:
     return _read(fields, patch_size=16, registers=registers, mask_token=True)
 
 
-def _read(
-    fields: Fields, *, patch_size: int, registers: int, mask_token: bool
-) -> ViTClassifierConfig:
+def _read(fields: Fields, *, patch_size: int, registers: int, mask_token: bool) -> ClassifierConfig:
     sizes = read_sizes(fields, patch_size=patch_size, norm_eps=1e-6)
     sizes["mlp_dim"] = int(sizes["width"] * fields.take("mlp_ratio", 4))
     if fields.take("use_swiglu_ffn", False):
@@ -59,7 +57,7 @@ def _read(
     fields.ignore("drop_path_rate", "apply_layernorm", "reshape_hidden_states", "stage_names")
     fields.ignore("out_features", "out_indices", "_out_features", "_out_indices")
     fields.done()
-    return ViTClassifierConfig(tower, "cls_mean" if num_classes else "cls", num_classes=num_classes)
+    return ClassifierConfig(tower, "cls_mean" if num_classes else "cls", num_classes=num_classes)
 
 
 def gated_mlp_dim(mlp_dim: int) -> int:
@@ -67,7 +65,7 @@ def gated_mlp_dim(mlp_dim: int) -> int:
     return (int(mlp_dim * 2 / 3) + 7) // 8 * 8
 
 
-def table(config: ViTClassifierConfig) -> Table:
+def table(config: ClassifierConfig) -> Table:
     """Keys of the hub's checkpoints."""
     tower = config.tower
     names = _LAYER | (_GATED_MLP if tower.gated else _MLP)
@@ -85,7 +83,7 @@ def _tower(registers: int = 0, **sizes: Any) -> ViTConfig:
 
 def _size(
     width: int, depth: int, num_heads: int, *, registers: int = 0, gated: bool = False
-) -> ViTClassifierConfig:
+) -> ClassifierConfig:
     """A published size: patches of 14, positions for 518 pixels."""
     tower = _tower(
         image_size=518,
@@ -98,7 +96,7 @@ def _size(
         registers=registers,
         gated=gated,
     )
-    return ViTClassifierConfig(tower)
+    return ClassifierConfig(tower)
 
 
 # Sizes: config.json of facebook/dinov2-* and facebook/dinov2-with-registers-*.
@@ -111,7 +109,7 @@ VARIANTS = {
     "dinov2_s14_reg4": _size(384, 12, 6, registers=4),
     "dinov2_l14_reg4": _size(1024, 24, 16, registers=4),
     "dinov2_g14_reg4": _size(1536, 40, 24, registers=4, gated=True),
-    "dinov2_tiny": ViTClassifierConfig(
+    "dinov2_tiny": ClassifierConfig(
         _tower(
             image_size=16, patch_size=4, width=16, depth=2, num_heads=2, mlp_dim=32, registers=2
         ),

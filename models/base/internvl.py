@@ -10,11 +10,12 @@ import math
 
 from zoo.models.core.errors import UsageError
 from zoo.models.core.hf import Fields
-from zoo.models.core.keytable import Table
+from zoo.models.core.keytable import Table, norm_rows
 from zoo.models.core.registry import Base, register_base
 from zoo.models.parts.assemblies.llava import LlavaConfig
 from zoo.models.parts.assemblies.llava_hub import (
     ACTIVATIONS,
+    MODULES,
     RENAMES,
     projector_rows,
     read_decoder,
@@ -23,7 +24,7 @@ from zoo.models.parts.connect.pixel_shuffle import PixelShuffle
 from zoo.models.parts.decoders.gqa import DecoderConfig, decoder_table
 from zoo.models.parts.layers.rope import DynamicNTK, RopeConfig
 from zoo.models.parts.towers.hub import read_side
-from zoo.models.parts.towers.vit import Names, ViTConfig, embeddings_table, norm_rows
+from zoo.models.parts.towers.vit import Names, ViTConfig, embeddings_table
 
 
 def read(fields: Fields) -> LlavaConfig:
@@ -179,5 +180,6 @@ register_base(
         table=table,
         hf={"internvl": read},
         renames=RENAMES,
+        modules=MODULES,
     )
 )

@@ -5,6 +5,7 @@ from zoo.models.core.registry import Base, register_base
 from zoo.models.parts.assemblies.llava import LlavaConfig
 from zoo.models.parts.assemblies.llava_hub import (
     CLIP_L,
+    MODULES,
     RENAMES,
     hub_table,
     read_decoder,
@@ -61,5 +62,6 @@ register_base(
         table=hub_table,
         hf={"llava": read},
         renames=RENAMES,
+        modules=MODULES,
     )
 )

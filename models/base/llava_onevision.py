@@ -13,6 +13,7 @@ from zoo.models.core.hf import Fields
 from zoo.models.core.registry import Base, register_base
 from zoo.models.parts.assemblies.llava import LlavaConfig
 from zoo.models.parts.assemblies.llava_hub import (
+    MODULES,
     RENAMES,
     hub_table,
     read_decoder,
@@ -149,5 +150,6 @@ register_base(
         table=hub_table,
         hf={"llava_onevision": read},
         renames=RENAMES,
+        modules=MODULES,
     )
 )

@@ -10,6 +10,7 @@ from zoo.models.core.hf import Fields
 from zoo.models.core.registry import Base, register_base
 from zoo.models.parts.assemblies.qwen_vl import (
     QWEN2_7B,
+    MODULES,
     RENAMES,
     QwenVLConfig,
     qwen_vl_table,
@@ -113,5 +114,6 @@ register_base(
         table=qwen_vl_table,
         hf={"qwen2_5_vl": read},
         renames=RENAMES,
+        modules=MODULES,
     )
 )

@@ -8,19 +8,11 @@ import re
 
 from zoo.models.core.errors import UsageError
 from zoo.models.core.hf import Fields
-from zoo.models.core.keytable import Row, Table, conv
+from zoo.models.core.keytable import Row, Table, conv, norm_rows
 from zoo.models.core.registry import Base, register_base
-from zoo.models.parts.assemblies.classifier import ViTClassifierConfig, head_table
-from zoo.models.parts.towers.vit import ViTConfig, layer_rows, norm_rows, ones
+from zoo.models.parts.assemblies.classifier import ClassifierConfig, head_table
+from zoo.models.parts.towers.vit import TIMM_LAYER, ViTConfig, layer_rows, ones
 
-_LAYER = {
-    "attn_norm": "norm1",
-    ("q", "k", "v"): "attn.qkv",
-    "out": "attn.proj",
-    "mlp_norm": "norm2",
-    "up": "mlp.fc1",
-    "down": "mlp.fc2",
-}
 _SIZES = {
     "tiny": {"width": 192, "depth": 12, "num_heads": 3, "mlp_dim": 768},
     "small": {"width": 384, "depth": 12, "num_heads": 6, "mlp_dim": 1536},
@@ -29,7 +21,7 @@ _SIZES = {
 }
 
 
-def read(fields: Fields) -> ViTClassifierConfig:
+def read(fields: Fields) -> ClassifierConfig:
     """The configuration that timm's `config.json` describes: a name and the number of classes.
 
     Raises:
@@ -52,21 +44,26 @@ def read(fields: Fields) -> ViTClassifierConfig:
     return _size(match[1], int(match[2]), int(match[3]), num_classes)
 
 
-def table(config: ViTClassifierConfig) -> Table:
+def table(config: ClassifierConfig) -> Table:
     """Keys of timm's checkpoints."""
+    return tower_table(config.tower).under("tower") + head_table(config, head="head")
+
+
+def tower_table(tower: ViTConfig) -> Table:
+    """The same of the tower alone, which may have no class token."""
     rows = [
         Row("patch/kernel", "patch_embed.proj.weight", conv),
         Row("patch/bias", "patch_embed.proj.bias"),
         Row("position", "pos_embed", ones(1)),
-        Row("cls", "cls_token", ones(2)),
+        *[Row("cls", "cls_token", ones(2))] * tower.class_token,
         *norm_rows("final_norm", "norm"),
-        *layer_rows(config.tower, "blocks.{}.", _LAYER),
+        *layer_rows(tower, "blocks.{}.", TIMM_LAYER),
     ]
-    return Table(tuple(rows)).under("tower") + head_table(config, head="head")
+    return Table(tuple(rows))
 
 
-def _size(size: str, patch_size: int, image_size: int, num_classes: int) -> ViTClassifierConfig:
-    return ViTClassifierConfig(
+def _size(size: str, patch_size: int, image_size: int, num_classes: int) -> ClassifierConfig:
+    return ClassifierConfig(
         _tower(image_size=image_size, patch_size=patch_size, **_SIZES[size]),
         num_classes=num_classes,
     )
@@ -82,7 +79,7 @@ def _tower(**sizes: int) -> ViTConfig:
     )
 
 
-def _published() -> dict[str, ViTClassifierConfig]:
+def _published() -> dict[str, ClassifierConfig]:
     """Every `vit_*.augreg*` of timm 1.0.31: ImageNet-1k in two resolutions, ImageNet-21k."""
     short = {"tiny": "ti", "small": "s", "base": "b", "large": "l"}
     resolutions = {
@@ -107,7 +104,7 @@ def _published() -> dict[str, ViTClassifierConfig]:
 
 VARIANTS = {
     **_published(),
-    "timm_vit_tiny": ViTClassifierConfig(
+    "timm_vit_tiny": ClassifierConfig(
         _tower(image_size=16, patch_size=4, width=16, depth=2, num_heads=2, mlp_dim=64),
         num_classes=5,
     ),

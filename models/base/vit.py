@@ -11,12 +11,12 @@ from zoo.models.core.errors import UsageError
 from zoo.models.core.hf import Fields
 from zoo.models.core.keytable import Table
 from zoo.models.core.registry import Base, register_base
-from zoo.models.parts.assemblies.classifier import ViTClassifierConfig, head_table, read_classes
+from zoo.models.parts.assemblies.classifier import ClassifierConfig, head_table, read_classes
 from zoo.models.parts.towers.hub import read_sizes
 from zoo.models.parts.towers.vit import HF_LAYER, ViTConfig, embeddings_table
 
 
-def read(fields: Fields) -> ViTClassifierConfig:
+def read(fields: Fields) -> ClassifierConfig:
     """The configuration that a `config.json` of ViT describes: an encoder with its pooler, or a
     classifier.
 
@@ -32,16 +32,16 @@ def read(fields: Fields) -> ViTClassifierConfig:
     fields.ignore("encoder_stride")  # of masked image modelling
     num_classes = read_classes(fields)
     fields.done()
-    return ViTClassifierConfig(tower, pooler=not num_classes, num_classes=num_classes)
+    return ClassifierConfig(tower, pooler=not num_classes, num_classes=num_classes)
 
 
-def fit(config: ViTClassifierConfig, keys: Collection[str]) -> ViTClassifierConfig:
+def fit(config: ClassifierConfig, keys: Collection[str]) -> ClassifierConfig:
     """The configuration without the pooler if the checkpoint has none."""
     pooler = config.pooler and "pooler.dense.weight" in keys
     return dataclasses.replace(config, pooler=pooler)
 
 
-def table(config: ViTClassifierConfig) -> Table:
+def table(config: ClassifierConfig) -> Table:
     """Keys of the hub's checkpoints."""
     body = embeddings_table(config.tower, HF_LAYER)
     body = body.under("tower", "vit." if config.num_classes else "")
@@ -58,15 +58,15 @@ _L = {"width": 1024, "depth": 24, "num_heads": 16, "mlp_dim": 4096}
 _H = {"width": 1280, "depth": 32, "num_heads": 16, "mlp_dim": 5120}
 
 
-def _classifier(size: dict[str, int], patch_size: int, image_size: int) -> ViTClassifierConfig:
+def _classifier(size: dict[str, int], patch_size: int, image_size: int) -> ClassifierConfig:
     """Fine-tuned on ImageNet-1k."""
     tower = _tower(image_size=image_size, patch_size=patch_size, **size)
-    return ViTClassifierConfig(tower, num_classes=1000)
+    return ClassifierConfig(tower, num_classes=1000)
 
 
-def _encoder(size: dict[str, int], patch_size: int) -> ViTClassifierConfig:
+def _encoder(size: dict[str, int], patch_size: int) -> ClassifierConfig:
     """Trained on ImageNet-21k, released with the pooler and without the classes."""
-    return ViTClassifierConfig(_tower(image_size=224, patch_size=patch_size, **size), pooler=True)
+    return ClassifierConfig(_tower(image_size=224, patch_size=patch_size, **size), pooler=True)
 
 
 # Sizes: config.json of google/vit-*.
@@ -82,7 +82,7 @@ VARIANTS = {
     "vit_l16.in21k": _encoder(_L, 16),
     "vit_l32.in21k": _encoder(_L, 32),
     "vit_h14.in21k": _encoder(_H, 14),
-    "vit_tiny": ViTClassifierConfig(
+    "vit_tiny": ClassifierConfig(
         _tower(image_size=16, patch_size=4, width=16, depth=2, num_heads=2, mlp_dim=32),
         num_classes=5,
     ),

@@ -4,7 +4,7 @@ from typing import Any
 
 from zoo.models.core.errors import UsageError
 from zoo.models.core.hf import Fields
-from zoo.models.core.keytable import Row, Table, linear
+from zoo.models.core.keytable import Row, Table, linear, norm_rows
 from zoo.models.core.registry import Base, register_base
 from zoo.models.parts.assemblies.masked import MaskedConfig
 from zoo.models.parts.towers.hub import read_sizes
@@ -13,7 +13,6 @@ from zoo.models.parts.towers.vit import (
     ViTConfig,
     embeddings_table,
     layer_rows,
-    norm_rows,
     ones,
 )
 

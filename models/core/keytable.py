@@ -15,6 +15,7 @@ when its turn has come.
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -54,9 +55,19 @@ flat = Transform("flat", lambda t, s: [t[0].reshape(s[0])], lambda ours: [ours[0
 """Theirs is our array flattened, as biases of attention heads are."""
 
 conv = Transform(
-    "conv", lambda t, _: [t[0].transpose(2, 3, 1, 0)], lambda o: [o[0].transpose(3, 2, 0, 1)]
+    "conv",
+    lambda theirs, _: [np.moveaxis(theirs[0], (1, 0), (-2, -1))],
+    lambda ours: [np.moveaxis(ours[0], (-2, -1), (1, 0))],
 )
-"""Their 2-D convolution kernel [out, in, h, w], ours [h, w, in, out]."""
+"""Their convolution kernel [out, in, h, w], ours [h, w, in, out]; with any number of axes."""
+
+
+pointwise = Transform(
+    "pointwise",
+    lambda theirs, _: [theirs[0][:, :, 0, 0].T],
+    lambda ours: [ours[0].T[:, :, None, None]],
+)
+"""Their 1 x 1 convolution [out, in, 1, 1], our linear map [in, out]."""
 
 
 def linear(num_in: int = 1) -> Transform:
@@ -140,7 +151,19 @@ class Alias:
     of: str
 
 
-AnyRow = Row | Constant | Alias
+@dataclass(frozen=True)
+class Ignored:
+    """Tensors of theirs that say nothing about a model: passed over where they are there, never
+    written.
+
+    Attributes:
+      pattern: a regular expression for their whole keys.
+    """
+
+    pattern: str
+
+
+AnyRow = Row | Constant | Alias | Ignored
 
 
 @dataclass(frozen=True)
@@ -179,7 +202,8 @@ class Table:
     def under(self, ours: str = "", theirs: str = "") -> "Table":
         """The same table one level deeper:
 
-        `ours` is a path ("tower"), `theirs` a prefix ("vision_tower.").
+        `ours` is a path ("tower"), `theirs` a prefix ("vision_tower."). Paths that begin with
+        `stats/`, or `params/`, still do.
         """
 
         def move(row: AnyRow) -> AnyRow:
@@ -187,12 +211,28 @@ class Table:
                 return dataclasses.replace(row, key=theirs + row.key)
             if isinstance(row, Alias):
                 return Alias(theirs + row.key, theirs + row.of)
-            paths = tuple(f"{ours}/{path}".strip("/") for path in _many(row.paths))
+            if isinstance(row, Ignored):
+                return Ignored(re.escape(theirs) + row.pattern)
+            paths = tuple(_deeper(path, ours) for path in _many(row.paths))
             return dataclasses.replace(
                 row, paths=paths, keys=tuple(theirs + k for k in _many(row.keys))
             )
 
         return Table(tuple(move(row) for row in self.rows))
+
+    def with_stats(self) -> "Table":
+        """The same table for `{"params": ..., "stats": ...}`: paths that do not begin with `stats/`
+        are those of parameters.
+        """
+
+        def name(row: AnyRow) -> AnyRow:
+            if not isinstance(row, Row):
+                return row
+            paths = _many(row.paths)
+            named = (path if path.startswith("stats/") else f"params/{path}" for path in paths)
+            return dataclasses.replace(row, paths=tuple(named))
+
+        return Table(tuple(name(row) for row in self.rows))
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -225,7 +265,7 @@ class Table:
           ZooError: listing every missing, extra or misshapen tensor; or naming one that differs
             from the value or the tensor that it must be equal to.
         """
-        _check_keys(self.shapes(params), state, self.aliases)
+        _check_keys(self.shapes(params), self._without_ignored(state), self.aliases)
         for row in self.rows:
             if isinstance(row, Constant):
                 _check_constant(row, state[row.key])
@@ -234,6 +274,13 @@ class Table:
         flat_params = _flatten(params)
         rows = self._largest_first(flat_params)
         return (piece for row in rows for piece in _pieces(row, state, flat_params))
+
+    def _without_ignored(self, state: State) -> State:
+        patterns = [row.pattern for row in self.rows if isinstance(row, Ignored)]
+        if not patterns:
+            return state
+        ignored = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+        return {key: state[key] for key in state if not ignored.fullmatch(key)}
 
     def _largest_first(self, flat_params: Mapping[str, Any]) -> list[Row]:
         def largest(row: Row) -> int:
@@ -269,7 +316,7 @@ class Table:
         yield {row.key: row.value() for row in self.rows if isinstance(row, Constant)}
         for row in self._largest_first(flat_params):
             leaves = {path: _on_host(flat_params[path]) for path in _many(row.paths)}
-            for r, paths, keys in _instances(row):
+            for r, paths, keys in instances(row):
                 ours = [np.asarray(leaves[p] if r is None else leaves[p][r]) for p in paths]
                 theirs = row.transform.save(ours)
                 yield {k: np.asarray(t, order="C") for k, t in zip(keys, theirs, strict=True)}
@@ -289,6 +336,45 @@ class Table:
                         problems.append(f"{path}: {rows} rows, the table says {len(row.steps)}")
         if problems:
             raise ZooError("the key table does not fit the parameters:\n  " + "\n  ".join(problems))
+
+
+def weight_rows(
+    path: str,
+    key: str,
+    transform: Transform | None = None,
+    *,
+    steps: tuple[int | str, ...] | None = None,
+    bias: bool = True,
+) -> list[Row]:
+    """Rows of a linear map or a convolution: `kernel`, by `linear()` unless told otherwise, and
+    `bias` where there is one.
+    """
+    rows = [Row(f"{path}/kernel", f"{key}.weight", transform or linear(), steps)]
+    return rows + [Row(f"{path}/bias", f"{key}.bias", flat, steps)] * bias
+
+
+def norm_rows(
+    path: str, key: str, *, steps: tuple[int | str, ...] | None = None, stats: bool = False
+) -> list[AnyRow]:
+    """Rows of a norm with scale and bias; with `stats`, of a BatchNorm, whose running statistics
+    stand below `stats/` (see `Table.with_stats`) and whose count of batches is passed over.
+    """
+    rows: list[AnyRow] = [
+        Row(f"{path}/scale", f"{key}.weight", steps=steps),
+        Row(f"{path}/bias", f"{key}.bias", steps=steps),
+    ]
+    if stats:
+        rows.append(Row(f"stats/{path}/mean", f"{key}.running_mean", steps=steps))
+        rows.append(Row(f"stats/{path}/var", f"{key}.running_var", steps=steps))
+        number = re.escape(key).replace(r"\{\}", "[^.]+")
+        rows.append(Ignored(rf"{number}\.num_batches_tracked"))
+    return rows
+
+
+def _deeper(path: str, below: str) -> str:
+    """`path` below another one, its collection still in front."""
+    collection = next((name for name in ("stats/", "params/") if path.startswith(name)), "")
+    return collection + f"{below}/{path.removeprefix(collection)}".strip("/")
 
 
 def _many(value: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -313,7 +399,7 @@ class _Apart:
         return self._rows[row]
 
 
-def _instances(row: Row) -> Iterator[tuple[int | None, tuple[str, ...], tuple[str, ...]]]:
+def instances(row: Row) -> Iterator[tuple[int | None, tuple[str, ...], tuple[str, ...]]]:
     """(row number, paths, keys) of every set of tensors that a row ties together."""
     paths, keys = _many(row.paths), _many(row.keys)
     if row.steps is None:
@@ -329,7 +415,7 @@ def _row_shape(leaf: Any, row: Row) -> Shape:
 
 def _their_shapes(row: Row, flat_params: Mapping[str, Any]) -> dict[str, Shape]:
     out = {}
-    for _, paths, keys in _instances(row):
+    for _, paths, keys in instances(row):
         ours = [np.broadcast_to(np.int8(0), _row_shape(flat_params[p], row)) for p in paths]
         for key, theirs in zip(keys, row.transform.save(ours), strict=True):
             out[key] = tuple(theirs.shape)
@@ -337,16 +423,16 @@ def _their_shapes(row: Row, flat_params: Mapping[str, Any]) -> dict[str, Shape]:
 
 
 def _pieces(row: Row, state: State, flat_params: Mapping[str, Any]) -> Iterator[Piece]:
-    instances = list(_instances(row))
-    dtype = np.dtype(jnp.result_type(*(state[key].dtype for *_, keys in instances for key in keys)))
+    found = list(instances(row))
+    dtype = np.dtype(jnp.result_type(*(state[key].dtype for *_, keys in found for key in keys)))
     leaves = {path: (tuple(flat_params[path].shape), dtype) for path in _many(row.paths)}
     shapes = [_row_shape(flat_params[path], row) for path in _many(row.paths)]
 
     def read(paths: tuple[str, ...], keys: tuple[str, ...]) -> dict[str, np.ndarray]:
-        found = row.transform.load([np.asarray(state[key]) for key in keys], shapes)
-        return dict(zip(paths, found, strict=True))
+        arrays = row.transform.load([np.asarray(state[key]) for key in keys], shapes)
+        return dict(zip(paths, arrays, strict=True))
 
-    for r, paths, keys in instances:
+    for r, paths, keys in found:
         yield Piece(leaves, r, keys, partial(read, paths, keys))
 
 

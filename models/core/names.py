@@ -3,10 +3,15 @@
 Modules label arrays with logical names (`nn.with_logical_partitioning` is used as a label only);
 nothing but `spec_for` turns names into a `PartitionSpec`. An unknown name and a mesh axis used
 twice in one array raise; a dimension that its mesh axes do not divide is replicated.
+
+Which names lie along which axes of the mesh is a set of rules, `DEFAULT_RULES` unless others are in
+force (`use_rules`).
 """
 
+import contextlib
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
@@ -38,7 +43,7 @@ DEFAULT_RULES: Rules = MappingProxyType(
         "queries": None,
         "norm": None,
         # activations
-        "batch": ("data", "fsdp"),
+        "batch": ("data", "fsdp", "expert"),
         "seq": "seq",
         "act_embed": None,
         "act_mlp": "tensor",
@@ -48,17 +53,49 @@ DEFAULT_RULES: Rules = MappingProxyType(
     }
 )
 """Fully sharded data parallelism over `fsdp`, Megatron-style splits over `tensor`; `vocab_embed` is
-the feature axis of a vocabulary table, of which only the vocabulary axis is sharded.
+the feature axis of a vocabulary table, of which only the vocabulary axis is sharded. The batch is
+divided over `expert` too: outside of expert layers, whose devices have experts of their own, these
+are copies of the model like those along `data`.
 """
+
+_in_force: ContextVar[Rules] = ContextVar("rules", default=DEFAULT_RULES)
+
+
+@contextlib.contextmanager
+def use_rules(changes: Rules) -> Iterator[None]:
+    """Let names be resolved by the default rules with these changes, in this thread.
+
+    Programs that were traced before keep the rules that they were traced with.
+
+    Raises:
+      ValueError: no array has an axis, or no mesh, that is called so.
+    """
+    for name, axes in changes.items():
+        if name not in DEFAULT_RULES:
+            raise ValueError(f"a rule for {name!r}: {_unknown(name, DEFAULT_RULES)}")
+        for axis in _axes(axes):
+            if axis not in MESH_AXES:
+                raise ValueError(f"the rule {name} -> {axis}: want axes of {', '.join(MESH_AXES)}")
+    token = _in_force.set(MappingProxyType({**DEFAULT_RULES, **changes}))
+    try:
+        yield
+    finally:
+        _in_force.reset(token)
 
 
 def spec_for(
     names: tuple[str | None, ...],
     shape: tuple[int, ...],
     mesh: Mesh | AbstractMesh,
-    rules: Rules = DEFAULT_RULES,
+    rules: Rules | None = None,
 ) -> PartitionSpec:
     """The `PartitionSpec` of an array of `shape` whose axes are called `names`.
+
+    Args:
+      names: one for each dimension, None for one that is not divided.
+      shape: of the array.
+      mesh: of devices.
+      rules: by which names are resolved; those in force by default.
 
     Raises:
       ValueError: a name without a rule, a mesh axis used for two dimensions, or not one name per
@@ -68,6 +105,7 @@ def spec_for(
         raise ValueError(
             f"names {names} and shape {shape}: one name (or None) per dimension, please"
         )
+    rules = _in_force.get() if rules is None else rules
     used: set[str] = set()
     spec: list[Any] = []
     for name, size in zip(names, shape, strict=True):
@@ -75,14 +113,8 @@ def spec_for(
             spec.append(None)
             continue
         if name not in rules:
-            near = difflib.get_close_matches(name, rules, 3)
-            raise ValueError(
-                f"unknown logical axis {name!r} in {names}; nearest: {', '.join(near)}"
-            )
-        rule = rules[name] or ()
-        axes = tuple(
-            a for a in ((rule,) if isinstance(rule, str) else rule) if mesh.shape.get(a, 1) > 1
-        )
+            raise ValueError(f"unknown logical axis {name!r} in {names}; {_unknown(name, rules)}")
+        axes = tuple(axis for axis in _axes(rules[name]) if mesh.shape.get(axis, 1) > 1)
         if twice := used.intersection(axes):
             raise ValueError(
                 f"mesh axis {sorted(twice)} would be used twice for {names} of {shape}"
@@ -109,7 +141,7 @@ def tree_names(boxed: Any) -> Any:
     )
 
 
-def tree_shardings(boxed: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
+def tree_shardings(boxed: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
     """`NamedSharding` of every parameter of a boxed tree, such as `jax.eval_shape(model.init,
     …)["params"]`.
 
@@ -129,6 +161,14 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec_for(names, x.shape, mesh))
+
+
+def _axes(rule: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (rule,) if isinstance(rule, str) else tuple(rule or ())
+
+
+def _unknown(name: str, known: Rules) -> str:
+    return f"nearest: {', '.join(difflib.get_close_matches(name, known, 3)) or 'none'}"
 
 
 def _is_boxed(leaf: Any) -> bool:

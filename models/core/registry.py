@@ -38,11 +38,13 @@ class Entry:
       card: what it says about itself.
       variants: its configurations by name; the first one is the default.
       table: from a configuration to the key table of the official checkpoint, where there is one.
+      reducers: methods that leave vision tokens out, by name, see `register`.
     """
 
     card: Card
     variants: Mapping[str, SystemConfig]
     table: "Callable[[Any], Table] | None" = None
+    reducers: Mapping[str, "Callable[..., Any]"] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Base:
       hf: {`model_type`: reader of its `config.json`}.
       renames: (regular expression, replacement) pairs that turn keys of other layouts of the same
         checkpoint into those of `table`; every pair is applied to every key, in order.
+      modules: such pairs that turn keys of `table` into the names of the modules of transformers,
+        where these are others; adapters are saved under them.
       fit: (configuration, keys of a checkpoint) -> the configuration with the optional parts that
         the checkpoint has and its `config.json` does not tell of.
     """
@@ -69,6 +73,7 @@ class Base:
     table: "Callable[[Any], Table]"
     hf: "Mapping[str, Callable[[Fields], ModelConfig]]"
     renames: tuple[tuple[str, str], ...] = ()
+    modules: tuple[tuple[str, str], ...] = ()
     fit: "Callable[[Any, Collection[str]], Any] | None" = None
 
 
@@ -99,6 +104,7 @@ def register(
     variants: Mapping[str, SystemConfig],
     *,
     table: "Callable[[Any], Table] | None" = None,
+    reducers: "Mapping[str, Callable[..., Any]]" = MappingProxyType({}),
 ) -> None:
     """Make a system known under its slug and its variants under their names.
 
@@ -108,6 +114,8 @@ def register(
         weights, resolution or training stage only is told apart by a tag after a dot
         ("mqt_llava_7b.official"). The first one is what `create(slug)` builds.
       table: from a configuration to the key table of the official checkpoint.
+      reducers: what `reducer="name"` stands for: of `keep`, if given, it makes a reducer
+        (`zoo.models.parts.reduce.base`), a policy of the decoder, or a tuple of these.
 
     Raises:
       UsageError: if there is no variant, or if the slug or a variant's name is taken.
@@ -122,7 +130,12 @@ def register(
             owner = name
         if owner is not None:
             raise UsageError(f"register({card.slug}): the name {name!r} belongs to {owner}")
-    _entries[card.slug] = Entry(card, MappingProxyType(dict(variants)), table)
+    for name in reducers:
+        if (owner := _reducer_owner(name)) not in (None, card.slug):
+            raise UsageError(f"register({card.slug}): the method {name!r} belongs to {owner}")
+    _entries[card.slug] = Entry(
+        card, MappingProxyType(dict(variants)), table, MappingProxyType(dict(reducers))
+    )
 
 
 def register_base(base: Base) -> None:
@@ -285,11 +298,82 @@ def override(config: C, overrides: Mapping[str, Any], name: str) -> C:
     Raises:
       UsageError: as `config`.
     """
+    overrides = _with_methods(config, overrides, name)
     draft = _Draft(config)
     for field, value in overrides.items():
         draft.put(_find(draft, field, name).split("."), value, name)
     changed: C = draft.finish()
     return changed
+
+
+def reducer(name: str, keep: Any = None) -> tuple[Any, ...]:
+    """The configurations that the name of a method for fewer vision tokens stands for: a reducer,
+    policies of the decoder, or both.
+
+    Args:
+      name: "fastervlm", ...
+      keep: how many tokens remain, as the method has it; by default as published.
+
+    Raises:
+      UsageError: no method is called so, with the nearest names.
+      ValueError: a `keep` that the method does not take.
+    """
+    slug = _reducer_owner(name)
+    if slug is None:
+        known = reducers()
+        hint = nearest(name, known) or f"; want one of {', '.join(known)}"
+        raise UsageError(f"no method for fewer vision tokens is called {name!r}{hint}")
+    made = entry(slug).reducers[name](**({} if keep is None else {"keep": keep}))
+    return made if isinstance(made, tuple) else (made,)
+
+
+def reducers() -> tuple[str, ...]:
+    """The names that `reducer` takes, in alphabetical order."""
+    names = {name for row in index().values() for name in row.get("reducers", ())}
+    return tuple(sorted(names | {name for each in _entries.values() for name in each.reducers}))
+
+
+def _reducer_owner(name: str) -> str | None:
+    """The slug of the system that has a method of this name."""
+    for slug, each in _entries.items():
+        if name in each.reducers:
+            return slug
+    rows = index().items()
+    return next((slug for slug, row in rows if name in row.get("reducers", ())), None)
+
+
+def _with_methods(config: Any, overrides: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Overrides of a model, with what a `reducer` among them stands for: a name, a configuration of
+    a reducer or of a policy, or None for all tokens; and `keep`, of it or of what the model has.
+    """
+    changes = dict(overrides)
+    policies = getattr(config, "policies", ())
+    here = [getattr(config, "reducer", None), *policies]
+    here = [part for part in here if part is not None and getattr(part, "reduces", False)]
+    if "reducer" not in changes and not ("keep" in changes and here):
+        return changes
+    if not hasattr(config, "policies"):
+        raise UsageError(f"{name} has no decoder whose vision tokens a reducer could leave out")
+    value, keep = changes.pop("reducer", tuple(here)), changes.pop("keep", None)
+    keep = tuple(keep) if isinstance(keep, list) else keep
+    if isinstance(value, str):
+        made = reducer(value, keep)
+    else:
+        made = value if isinstance(value, tuple) else () if value is None else (value,)
+        if keep is not None:
+            made = tuple(dataclasses.replace(each, keep=keep) for each in made)
+    found = [each for each in made if not hasattr(each, "apply")]
+    if found and not hasattr(config, "reducer"):
+        raise UsageError(
+            f"{name} has no place for {type(found[0]).__name__}, which acts before the decoder; "
+            "methods that act within the decoder can be used"
+        )
+    if hasattr(config, "reducer"):
+        changes["reducer"] = found[0] if found else None
+    others = changes.get("policies", policies)
+    others = tuple(each for each in others if not getattr(each, "reduces", False))
+    changes["policies"] = others + tuple(each for each in made if hasattr(each, "apply"))
+    return changes
 
 
 def check_part(name: str, value: Any, protocol: type) -> None:

@@ -6,7 +6,28 @@ from typing import Any
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 Path = tuple[str, ...]
-__all__ = ["Path", "check_shape", "flatten_dict", "size_by_part", "unflatten_dict"]
+__all__ = [
+    "Path",
+    "check_shape",
+    "flat_paths",
+    "flatten_dict",
+    "nested",
+    "size_by_part",
+    "unflatten_dict",
+]
+
+
+def flat_paths(params: Mapping[str, Any]) -> dict[str, Any]:
+    """{"decoder/stack/layers/q/kernel": leaf} of a nested tree."""
+    return {"/".join(path): leaf for path, leaf in flatten_dict(dict(params)).items()}
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flat_paths`."""
+    tree: dict[str, Any] = unflatten_dict(
+        {tuple(path.split("/")): leaf for path, leaf in flat.items()}
+    )
+    return tree
 
 
 def check_shape(name: str, array: Any, want: str, *sizes: int | None) -> None:

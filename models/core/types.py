@@ -20,16 +20,20 @@ A *batch* is a flat mapping of reserved names to arrays; a model reads those tha
                then those that the model adds, such as a newline) stands in each of its S slots, in
                reading order; [B, S, 4] with `blend` [B, S, 4] float32: a weighted sum of four.
                Absent: 0, 1, 2, ...
+    tiles      [B, I, 3] int32, of every placeholder: how many tiles its image has; and the rows and
+               columns of the grid that those behind the first make together, 0 where they make none
     positions  [B, L, 3] float32, the rotary positions (time, row, column) of the expanded sequence,
                for models that have them
     patches    [B, P, C'] float32, flattened patches of images in their native resolution, for
                towers that take these instead of `pixels`; with them come `patch_grid` [B, P, 2],
                `patch_segment` [B, P], `patch_frame` [B, G, K] and `patch_window` [B, W, K'], all
                int32, which `parts/towers/qwen_vit.py` explains
+    classes    [B] int32, the class of each image, for training classifiers
     token_types [B, T] int32, the segment embedding of BERT
     context    [B, S, D'] and `context_mask` [B, S] bool, what cross-attention reads
     labels     [B, T] int32, aligned with `ids`; `IGNORE` where nothing is learned
     text_mask  [B, T] bool, False on padding
+    guide      [B, T] bool, the text by which methods choose vision tokens. Absent: all of it
     segments   [B, T] int32: 0 is seen by all that comes after it, every other number only by its
                own kind, so that several questions about one picture stand side by side without
                seeing each other. A row of several examples has `EXAMPLE` numbers for each of them:
@@ -171,7 +175,14 @@ class KV:
         return cls(k, v, jax.tree.map(lambda x: pad(x, 1), tokens), cursor)
 
     def append(self, k: Array, v: Array, tokens: Tokens) -> "KV":
-        """Write L more tokens at the cursor. The caller sees to it that there is room."""
+        """Write L more tokens at the cursor. The caller sees to it that there is room.
+
+        Tags that they lack are zeros: facts of a prompt alone.
+        """
+        zeros = {
+            name: jnp.zeros(tokens.valid.shape, x.dtype) for name, x in self.tokens.tags.items()
+        }
+        tokens = tokens.replace(tags={name: tokens.tags.get(name, zeros[name]) for name in zeros})
 
         def write(cache: Array, new: Array, axis: int) -> Array:
             new = new.astype(cache.dtype)
@@ -201,6 +212,8 @@ class Features:
       taps: {layer: [..., N (+ prefix tokens), D]} the output of that layer (0 is the input of the
         first).
       qk: {layer: (q, k)} each [..., N (+ prefix tokens), H, E], after the projection biases.
+      pyramid: of a hierarchical tower, the output [..., h_i, w_i, C_i] of each stage, the finest
+        first, before any norm at the end of the tower; () of others.
     """
 
     tokens: Array
@@ -209,6 +222,7 @@ class Features:
     cls: Array | None = None
     taps: dict[int, Array] = struct.field(default_factory=dict)
     qk: dict[int, tuple[Array, Array]] = struct.field(default_factory=dict)
+    pyramid: tuple[Array, ...] = ()
 
 
 @struct.dataclass
@@ -218,10 +232,16 @@ class TokenSet:
     Attributes:
       tokens: [B, M, Q, D], M images of Q tokens each.
       mask: bool [B, M, Q], False on surplus tokens; None when all are real.
+      index: int32 [B, M, Q], which of the N tokens before a reduction each came from, -1 for one
+        that has no place among them; None when there are all of them, in order.
+      groups: int32 [B, M, N], which token each of those became a part of, -1 for what was dropped;
+        None when each came from one.
     """
 
     tokens: Array
     mask: Array | None = None
+    index: Array | None = None
+    groups: Array | None = None
 
 
 @struct.dataclass

@@ -21,7 +21,7 @@ import numpy as np
 from zoo.images import Source, read_image
 from zoo.models.core.config import ModelConfig
 from zoo.models.core.errors import UsageError, ZooError
-from zoo.models.parts.assemblies.classifier import ViTClassifierConfig
+from zoo.models.parts.assemblies.classifier import ClassifierConfig
 from zoo.models.parts.assemblies.dual import DualConfig
 from zoo.models.parts.assemblies.language import CausalLMConfig
 from zoo.models.parts.assemblies.llava import LlavaConfig
@@ -398,7 +398,7 @@ def _(config: DualConfig, folder: Path) -> PairProcessor:
 
 
 @_make.register
-def _(config: ViTClassifierConfig, folder: Path) -> PairProcessor:
+def _(config: ClassifierConfig, folder: Path) -> PairProcessor:
     return PairProcessor(_expect(read_views(folder), Single), None, 0, False, folder)
 
 

@@ -22,6 +22,7 @@ from zoo.models.parts.layers.linear import Proj, dense
 from zoo.models.parts.layers.norms import NormKind, make_norm
 from zoo.models.parts.layers.plan import Step
 from zoo.models.parts.layers.rope import RopeConfig
+from zoo.models.parts.layers.sequence import check_length
 from zoo.models.parts.layers.stack import Remat, Stack
 
 Plan = tuple[Step, ...]
@@ -175,8 +176,14 @@ class Decoder(nn.Module):
     def run(
         self, stream: Stream, states: Any = None, memory: Memory | None = None
     ) -> tuple[Stream, Any, tuple[Aux, ...]]:
-        """Learned positions, all layers and the final norm. `states` as in `Stack`."""
+        """Learned positions, all layers and the final norm. `states` as in `Stack`.
+
+        Raises:
+          ValueError: in training, the mesh divides sequences, and theirs does not divide evenly.
+        """
         c, hidden = self.config, stream.hidden
+        if states is None:
+            check_length(hidden.shape[1])
         if c.learned_positions:
             row = stream.tokens.position.astype(jnp.int32) + c.first_position
             hidden = hidden + jnp.take(self.position, row, axis=0).astype(hidden.dtype)

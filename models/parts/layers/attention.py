@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from zoo.models.core.types import Array, Tokens, shared
+from zoo.models.parts.layers.sequence import exchanged, sequence_ranks
 
 
 class Rule(Protocol):
@@ -90,7 +91,8 @@ def attend(
 ) -> Array:
     """Softmax attention with grouped keys and values, softmax in float32.
 
-    A query that sees nothing (padding) gets a finite value, which nobody reads.
+    A query that sees nothing (padding) gets a finite value, which nobody reads. On a mesh that
+    divides sequences, those that divide evenly are attended to by `exchanged`.
 
     Args:
       q: [B, L, H, E].
@@ -105,6 +107,25 @@ def attend(
     Returns:
       [B, L, H, E] in the dtype of `q`.
     """
+    options = {"scale": scale, "softcap": softcap}
+    ranks = sequence_ranks()
+    if ranks > 1 and q.shape[1] % ranks == k.shape[1] % ranks == 0:
+        return exchanged(_attend_whole, q, k, v, rule, query, key, **options)
+    return _attend_whole(q, k, v, rule, query, key, **options)
+
+
+def _attend_whole(
+    q: Array,
+    k: Array,
+    v: Array,
+    rule: Rule,
+    query: Tokens,
+    key: Tokens,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Array:
+    """`attend` where every device has whole sequences."""
     seen = rule(query, key)
     if softcap is None and _platform() != "cpu":
         name = "mask" if seen is not None and seen.dtype == jnp.bool_ else "bias"

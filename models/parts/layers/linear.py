@@ -1,20 +1,28 @@
-"""Linear maps: one `contract` for every kernel, and `Proj`, one full-rank kernel with its axis
-names.
-"""
+"""Linear maps: `Proj`, one full-rank kernel with its axis names."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 from flax.typing import Initializer
 
 from zoo.models.core.types import Array
+from zoo.models.parts.layers.operands import contract, joined_inputs
 
 
-def contract(eq: str, x: Array, w: Array) -> Array:
-    """`einsum(eq, x, w)` in the dtype of `x`. Every linear map of the zoo goes through here."""
-    return jnp.einsum(eq, x, w.astype(x.dtype))
+class LinearKernel(nn.LogicallyPartitioned):
+    """The box of a linear map's kernel: the names of its axes, and which of them are contracted.
+
+    Attributes:
+      num_in: how many axes are contracted; they come before
+      num_out: those of the result. Axes before both are those of stacked layers.
+    """
+
+    num_in: int = struct.field(default=1, pytree_node=False)
+    num_out: int = struct.field(default=1, pytree_node=False)
 
 
 def fan_in_init(in_axis: tuple[int, ...], out_axis: tuple[int, ...]) -> Initializer:
@@ -49,10 +57,15 @@ class Proj(nn.Module):
     def __call__(self, x: Array) -> Array:
         rank = len(self.shape)
         init = self.init or fan_in_init(tuple(range(self.num_in)), tuple(range(self.num_in, rank)))
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), self.shape)
+
+        def boxed(*args: Any) -> LinearKernel:
+            num_out = rank - self.num_in
+            return LinearKernel(init(*args), self.axes, num_in=self.num_in, num_out=num_out)
+
+        kernel = self.param("kernel", boxed, self.shape)  # an array or an operand
         if self.num_in > 1:  # one long axis, or XLA transposes the kernel in every call
             x = x.reshape(*x.shape[: -self.num_in], -1)
-            kernel = kernel.reshape(-1, *self.shape[self.num_in :])
+            kernel = joined_inputs(kernel, self.num_in)
         y = contract(self.eq if self.num_in == 1 else "...d,df->...f", x, kernel)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.num_in :])

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from zoo.models.core.names import tree_names
 from zoo.models.core.tree import Path, flatten_dict
 from zoo.models.core.types import Array, Aux, Memory, Stream, Tokens
 
@@ -218,6 +219,16 @@ def owners_of(steps: tuple[Step, ...]) -> dict[Path, tuple[int, ...]]:
                 raise ValueError(f"{'/'.join(path)}: steps disagree, {shapes[path]} and {shape}")
             owners.setdefault(path, []).append(i)
     return {path: tuple(steps) for path, steps in owners.items()}
+
+
+@functools.lru_cache(maxsize=256)
+def names_of(steps: tuple[Step, ...]) -> dict[Path, tuple[str | None, ...]]:
+    """{leaf path with its stack: the logical names of the axes of one row}."""
+    names: dict[Path, tuple[str | None, ...]] = {}
+    for step in {step.kind: step for step in steps}.values():
+        for sub, leaf in flatten_boxed(jax.eval_shape(step.init, jax.random.key(0))).items():
+            names[(step.stack, *sub)] = tree_names(leaf)
+    return names
 
 
 def flatten_boxed(tree: Any) -> dict[Path, Any]:

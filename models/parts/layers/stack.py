@@ -22,6 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from zoo.models.core.names import shard
 from zoo.models.core.tree import Path, flatten_dict, unflatten_dict
 from zoo.models.core.types import Array, Aux, Memory, Stream
 from zoo.models.parts.layers.plan import (
@@ -32,12 +33,13 @@ from zoo.models.parts.layers.plan import (
     cover,
     flatten_boxed,
     is_shared,
+    names_of,
     owners_of,
 )
 
-Remat = Literal["none", "dots", "full"]
-"""What a layer keeps for its gradient: everything, the results of its linear maps, or nothing but
-its input. What is not kept is computed twice.
+Remat = Literal["none", "dots", "offload", "full"]
+"""What a layer keeps for its gradient: everything, the results of its linear maps, these in the
+memory of the host, or nothing but its input. What is not kept is computed twice.
 """
 
 
@@ -109,6 +111,15 @@ class Stack(nn.Module):
             aux.extend(reports)
         return stream, (None if states is None else tuple(out_states)), tuple(aux)
 
+    def layer(self, index: int) -> nn.Module:
+        """The block of step `index` with its weights, for whoever reads its projections. Every leaf
+        of its parameter stack has a row for each step.
+        """
+        step = self.steps[index]
+        rows = nn.unbox(self.variables["params"][step.stack])
+        own = jax.tree.map(lambda leaf: leaf[index], rows, is_leaf=lambda x: isinstance(x, tuple))
+        return step.block.clone(parent=None, name=None).bind({"params": own})
+
     def _segments(self, start: int, stop: int, unstacked: bool) -> tuple[Segment, ...]:
         """Segments of single steps (step, 1, 1), and those that are worth a scan."""
         found: list[Segment] = []
@@ -141,12 +152,9 @@ class Stack(nn.Module):
             kept = owners[:1] if is_shared(self.steps, path) else owners
             rows = jnp.concatenate(values)[jnp.array([order.index(i) for i in kept])]
             first = parts[path][0][1]
-            names = (
-                first.names
-                if isinstance(first, nn.LogicallyPartitioned)
-                else (None,) * (rows.ndim - 1)
-            )
-            out[path[1:]] = nn.LogicallyPartitioned(rows, ("layers", *names))
+            if not isinstance(first, nn.LogicallyPartitioned):
+                first = nn.LogicallyPartitioned(first, (None,) * (rows.ndim - 1))
+            out[path[1:]] = first.replace(value=rows, names=("layers", *first.names))
         return unflatten_dict(out)
 
     def _one(
@@ -209,7 +217,12 @@ def _remembering(step: Step, state: State, remat: Remat, *, scanned: bool) -> Ca
     """`step.run`, which in training keeps for the gradient what `remat` says."""
     if remat == "none" or state is not None:
         return step.run
-    policy = None if remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policies = jax.checkpoint_policies
+    policy = {
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+        "full": None,
+    }[remat]
     # In a scan nothing can be merged with the second computation anyway.
     return jax.checkpoint(step.run, policy=policy, prevent_cse=not scanned)
 
@@ -223,9 +236,9 @@ class _Rows:
 
     def __init__(self, steps: tuple[Step, ...], tree: dict[str, Any]):
         self._steps = steps
-        self._owners = owners_of(steps)
+        self._owners, self._names = owners_of(steps), names_of(steps)
         self._leaves = flatten_dict(tree)
-        self._pieces: dict[Path, dict[int, Array]] | None = None
+        self._pieces: dict[Path, dict[int, Any]] | None = None
         self.unstacked = any(isinstance(leaf, tuple) for leaf in self._leaves.values())
 
     def cut(self, segments: Sequence[Segment]) -> None:
@@ -238,21 +251,21 @@ class _Rows:
         for path, leaf in self._leaves.items():
             if not is_shared(self._steps, path):
                 sizes = [sum(a <= owner < b for owner in self._owners[path]) for a, b in spans]
-                pieces = jax.lax.split(leaf, sizes)[1:-1]
+                pieces = _split(leaf, sizes)[1:-1]
                 self._pieces[path] = {a: piece for (a, _), piece in zip(ends, pieces, strict=True)}
 
-    def per_repeat(self, segment: Segment) -> dict[Path, Array]:
+    def per_repeat(self, segment: Segment) -> dict[Path, Any]:
         """Cut rows of a scanned segment, [repeats, rows of a unit, …]; nothing if not cut."""
         start, period, repeats = segment
         found = {}
         for path, pieces in (self._pieces or {}).items():
             if width := self._count(path, start, start + period):
-                piece = pieces[start]
-                found[path] = piece.reshape(repeats, width, *piece.shape[1:])
+                cut = functools.partial(_units, repeats, width)
+                found[path] = jax.tree.map(cut, pieces[start])
         return found
 
     def of(
-        self, segment: Segment, offset: int, j: Array | int, unit_rows: dict[Path, Array]
+        self, segment: Segment, offset: int, j: Array | int, unit_rows: dict[Path, Any]
     ) -> dict[str, Any]:
         """The parameters of step `offset` of the unit in its repeat `j`."""
         start, period, repeats = segment
@@ -263,15 +276,19 @@ class _Rows:
             leaf, before = self._leaves[path], self._count(path, 0, start)
             rank = owners.index(start + offset) - before
             if is_shared(self._steps, path):
-                row = leaf[0]
+                row = _at(leaf, 0)
             elif path in unit_rows:
-                row = unit_rows[path][rank]
+                row = _at(unit_rows[path], rank)
             elif self._pieces and path in self._pieces:
-                row = self._pieces[path][start][rank]
+                row = _at(self._pieces[path][start], rank)
             elif repeats == 1:
-                row = leaf[before + rank]
+                row = _at(leaf, before + rank)
             else:
-                row = _row(leaf, before + j * self._count(path, start, start + period) + rank)
+                at = before + j * self._count(path, start, start + period) + rank
+                row = jax.tree.map(functools.partial(_row, at=at), leaf)
+            if self._pieces is not None and isinstance(row, jax.Array):
+                # For the gradient: each device sums the part of it that it keeps, and no other.
+                row = shard(row, *self._names[path])
             found[path[1:]] = row
         return unflatten_dict(found)
 
@@ -286,21 +303,42 @@ def unstack(params: Any, names: Any) -> Any:
       params: unboxed parameters of a model.
       names: their logical axis names (`zoo.models.core.names.tree_names`).
     """
-    return jax.tree.map(
-        lambda axes, leaf: tuple(leaf) if axes and axes[0] == "layers" else leaf,
-        names,
-        params,
-        is_leaf=lambda axes: isinstance(axes, tuple),
-    )
+
+    def rows(axes: tuple[str | None, ...], leaf: Any) -> Any:
+        if not axes or axes[0] != "layers":
+            return leaf
+        each, shape = jax.tree.flatten(leaf)
+        return tuple(map(shape.unflatten, zip(*each, strict=True)))
+
+    return jax.tree.map(rows, names, params, is_leaf=lambda axes: isinstance(axes, tuple))
 
 
 def restack(params: Any) -> Any:
     """The inverse of `unstack`."""
-    return jax.tree.map(
-        lambda leaf: jnp.stack(leaf) if isinstance(leaf, tuple) else leaf,
-        params,
-        is_leaf=lambda leaf: isinstance(leaf, tuple),
-    )
+
+    def stacked(leaf: Any) -> Any:
+        if not isinstance(leaf, tuple):
+            return leaf
+        return jax.tree.map(lambda *rows: jnp.stack(rows), *leaf)
+
+    return jax.tree.map(stacked, params, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def _at(leaf: Any, row: int) -> Any:
+    """A row of a stacked leaf: an array, an operand, or a tuple of its rows."""
+    return leaf[row] if isinstance(leaf, tuple) else jax.tree.map(lambda x: x[row], leaf)
+
+
+def _units(repeats: int, width: int, rows: Array) -> Array:
+    """Rows [repeats width, …] as [repeats, width, …]."""
+    return rows.reshape(repeats, width, *rows.shape[1:])
+
+
+def _split(leaf: Any, sizes: Sequence[int]) -> list[Any]:
+    """The rows of a stacked leaf, or of all leaves of an operand, in pieces."""
+    leaves, shape = jax.tree.flatten(leaf)
+    pieces = [jax.lax.split(each, sizes) for each in leaves]
+    return [shape.unflatten(piece) for piece in zip(*pieces, strict=True)]
 
 
 def _row(leaf: Array, at: Array | int) -> Array:

@@ -10,7 +10,7 @@ from typing import Literal
 import flax.linen as nn
 import jax.numpy as jnp
 
-from zoo.models.core.keytable import Row, Table
+from zoo.models.core.keytable import Row, Table, norm_rows
 from zoo.models.core.tree import check_shape
 from zoo.models.core.types import Array, Features, Stream, Tokens, take
 from zoo.models.parts.layers.attention import causal, valid_only
@@ -20,7 +20,7 @@ from zoo.models.parts.layers.linear import table_init
 from zoo.models.parts.layers.norms import LayerNorm
 from zoo.models.parts.layers.plan import layers
 from zoo.models.parts.layers.stack import Stack
-from zoo.models.parts.towers.vit import CLIP_LAYER, ViTConfig, layer_rows, norm_rows
+from zoo.models.parts.towers.vit import CLIP_LAYER, ViTConfig, layer_rows
 
 Pool = Literal["end", "highest", "last"]
 

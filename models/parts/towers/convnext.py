@@ -1,21 +1,19 @@
 """ConvNeXt: a convolutional tower, which takes images of any size. Follows: arXiv:2201.03545."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from zoo.models.core.keytable import Row, Table, conv, linear, same
-from zoo.models.core.tree import check_shape
-from zoo.models.core.types import Array, Aux, Features, Memory, Stream, Tokens
+from zoo.models.core.types import Array, Features
 from zoo.models.parts.layers.activations import ACTIVATIONS
-from zoo.models.parts.layers.conv import DepthwiseConv
-from zoo.models.parts.layers.embed import PatchEmbed
+from zoo.models.parts.layers.conv import depthwise
+from zoo.models.parts.layers.embed import PatchEmbed, check_pixels
+from zoo.models.parts.layers.gates import DropPath, Rate, drop_path_stages
 from zoo.models.parts.layers.linear import dense
 from zoo.models.parts.layers.norms import LayerNorm
-from zoo.models.parts.layers.plan import Step, layers
-from zoo.models.parts.layers.stack import Stack
+from zoo.models.parts.layers.repeat import Repeat
+from zoo.models.parts.towers.pyramid import pyramid_features
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,9 @@ class ConvNeXtConfig:
       mlp_ratio: hidden width of the MLPs, in widths.
       norm_eps: epsilon of the norms.
       layer_scale: first value of the learned gain on each layer.
+      drop_path: in training, the share of examples for which the last layer is left out; it rises
+        evenly from 0 in the first.
+      channels: of the images.
       dtype: in which activations are computed.
     """
 
@@ -43,6 +44,8 @@ class ConvNeXtConfig:
     mlp_ratio: int = 4
     norm_eps: float = 1e-6
     layer_scale: float = 1e-6
+    drop_path: float = 0.0
+    channels: int = 3
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -78,7 +81,7 @@ class ConvNeXtConfig:
 
 
 class ConvNeXtBlock(nn.Module):
-    """`x + gain * down(gelu(up(norm(conv(x)))))` on the grid [B, h, w, D] of a stream."""
+    """`x + gain * down(gelu(up(norm(conv(x)))))` on grids [B, h, w, D]."""
 
     width: int
     mlp_dim: int
@@ -87,37 +90,32 @@ class ConvNeXtBlock(nn.Module):
     layer_scale: float
 
     def setup(self) -> None:
-        self.conv = DepthwiseConv(self.width, self.kernel_size)
+        self.conv = depthwise(self.width, self.kernel_size)
         self.norm = LayerNorm(self.norm_eps)
         self.up = dense(self.width, self.mlp_dim, bias=True)
         self.down = dense(self.mlp_dim, self.width, bias=True, axes=("mlp", "embed"))
         init = nn.initializers.constant(self.layer_scale)
         init = nn.with_logical_partitioning(init, ("norm",))
         self.gain = self.param("gain", init, (self.width,))
+        self.drop_path = DropPath()
 
-    def __call__(self, stream: Stream, state: Any, memory: Memory) -> tuple[Stream, Any, Aux]:
-        del memory
-        x = stream.hidden
+    def __call__(self, x: Array, *, rate: Rate = None, train: bool = False) -> Array:
         y = self.down(ACTIVATIONS["gelu"](self.up(self.norm(self.conv(x)))))
-        return stream.replace(hidden=x + self.gain.astype(y.dtype) * y), state, {}
-
-    def probe(self, stream: Stream) -> Array:
-        """Touches every parameter, on a row [B, L, D] as a grid."""
-        grid = stream.hidden[:, None]
-        return self(stream.replace(hidden=grid), None, {})[0].hidden
+        return x + self.drop_path(self.gain.astype(y.dtype) * y, rate, train=train)
 
 
 class ConvNeXt(nn.Module):
     """Stages of layers, without pooling and head.
 
-    `features.tokens` are the last stage's outputs, rows first, and `features.grid` their grid.
+    `features.tokens` are the last stage's outputs, rows first, and `features.grid` their grid;
+    `features.pyramid` are those of all stages, and `features.taps[k]` those of stage k, as tokens.
     """
 
     config: ConvNeXtConfig
 
     def setup(self) -> None:
         c = self.config
-        before = (3, *c.widths)
+        before = (c.channels, *c.widths)
         sizes = [4] + [2] * (len(c.widths) - 1)
         self.patches = [
             PatchEmbed(size, width, channels)
@@ -125,36 +123,42 @@ class ConvNeXt(nn.Module):
         ]
         self.norms = [LayerNorm(c.norm_eps) for _ in c.widths]
         self.stages = [
-            Stack(self._plan(width, depth)) for width, depth in zip(c.widths, c.depths, strict=True)
+            Repeat(self._block(width), depth)
+            for width, depth in zip(c.widths, c.depths, strict=True)
         ]
 
-    def _plan(self, width: int, depth: int) -> tuple[Step, ...]:
+    def _block(self, width: int) -> ConvNeXtBlock:
         c = self.config
-        block = ConvNeXtBlock(
-            width, c.mlp_ratio * width, c.kernel_size, c.norm_eps, c.layer_scale, parent=None
-        )
-        return layers(block, depth)
+        hidden = c.mlp_ratio * width
+        return ConvNeXtBlock(width, hidden, c.kernel_size, c.norm_eps, c.layer_scale, parent=None)
 
-    def __call__(self, pixels: Array) -> Features:
+    def __call__(
+        self, pixels: Array, *, train: bool = False, taps: tuple[int, ...] = ()
+    ) -> Features:
         """Encode images.
 
         Args:
-          pixels: [..., H, W, 3], normalised; H and W are any multiples of the stride. Leading axes
+          pixels: [..., H, W, C], normalised; H and W are any multiples of the stride. Leading axes
             are free.
+          train: whether paths are dropped, by the random stream "dropout".
+          taps: stages whose output to return as tokens, from 1.
+
+        Raises:
+          ValueError: another image, or a stage that the tower does not have.
         """
         c, lead = self.config, pixels.shape[:-3]
-        check_shape("pixels", pixels[(0,) * len(lead)], "[height, width, 3]", None, None, 3)
+        check_pixels(pixels, channels=c.channels, multiple=c.stride)
         x = pixels.reshape(-1, *pixels.shape[-3:]).astype(c.dtype)  # [B, h, w, D]
-        tokens = Tokens.sequence(jnp.ones((x.shape[0], 1), bool))
-        parts = zip(self.patches, self.norms, self.stages, strict=True)
-        for number, (patch, norm, stage) in enumerate(parts):
-            side = patch.patch_size
-            grid = (x.shape[1] // side, x.shape[2] // side)
+        rates = drop_path_stages(c.depths, c.drop_path)
+        pyramid = []
+        parts = zip(self.patches, self.norms, self.stages, rates, strict=True)
+        for number, (patch, norm, stage, rate) in enumerate(parts):
+            grid = tuple(side // patch.patch_size for side in x.shape[1:3])
             # The image is cut and then normed; later grids are normed and then cut.
             x = norm(patch(x)) if number == 0 else patch(norm(x))  # [B, h w, D]
-            stream, _, _ = stage(Stream(x.reshape(-1, *grid, x.shape[-1]), tokens))
-            x = stream.hidden
-        return Features(x.reshape(*lead, grid[0] * grid[1], x.shape[-1]), grid)
+            x = stage(x.reshape(-1, *grid, x.shape[-1]), train=train, each={"rate": rate})
+            pyramid.append(x.reshape(*lead, *x.shape[1:]))
+        return pyramid_features(tuple(pyramid), taps)
 
 
 def convnext_table(config: ConvNeXtConfig, *, gain: str = "gamma") -> Table:

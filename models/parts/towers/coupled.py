@@ -12,10 +12,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax import struct
 
-from zoo.models.core.keytable import Row, Table, Transform, conv, linear
+from zoo.models.core.keytable import Row, Table, conv, linear, pointwise
 from zoo.models.core.types import Array, Aux, Features, Memory, Stream, Tokens
 from zoo.models.parts.layers.activations import ACTIVATIONS
-from zoo.models.parts.layers.conv import DepthwiseConv
+from zoo.models.parts.layers.conv import depthwise
 from zoo.models.parts.layers.linear import Proj, dense
 from zoo.models.parts.layers.plan import LayerPolicy, Run, Step
 from zoo.models.parts.layers.resize import resize_bilinear
@@ -99,18 +99,25 @@ class CoupledTowers(nn.Module):
         self.out_slow = dense(c.slow.width, c.width, bias=True)
 
     def __call__(
-        self, pixels: Array, *, taps: tuple[int, ...] = (), stop_after: int | None = None
+        self,
+        pixels: Array,
+        *,
+        train: bool = False,
+        taps: tuple[int, ...] = (),
+        stop_after: int | None = None,
     ) -> Features:
         """Encode images.
 
         Args:
           pixels: [..., H, W, 3], normalised; multiples of the stride. Leading axes are free.
+          train: changes nothing.
           taps: none; the towers give no hidden states.
           stop_after: as `taps`.
 
         Raises:
           ValueError: hidden states are asked for.
         """
+        del train
         if taps or stop_after is not None:
             raise ValueError("coupled towers give their output alone: want vision_layer=None")
         lead = pixels.shape[:-3]
@@ -200,7 +207,7 @@ class Adapter(nn.Module):
         d, c = self.width, self.slow_width
         self.slow_up = dense(c, c, bias=True)
         self.slow_down = _from_zero(c, d)
-        self.fast_conv = DepthwiseConv(d, 7)
+        self.fast_conv = depthwise(d, 7)
         self.fast_down = _from_zero(d, d)
         self.gate_up = dense(2 * d, d // 2, bias=True)
         self.gate_down = dense(d // 2, 1, bias=True, axes=("mlp", None))
@@ -225,14 +232,6 @@ def _from_zero(width: int, features: int) -> Proj:
     """`dense` with a bias and zeros to start from."""
     zeros, axes = nn.initializers.zeros, ("embed", "mlp")
     return Proj("...d,df->...f", (width, features), axes, bias=True, init=zeros)
-
-
-pointwise = Transform(
-    "pointwise",
-    lambda theirs, _: [theirs[0][:, :, 0, 0].T],
-    lambda ours: [ours[0].T[:, :, None, None]],
-)
-"""Their 1 x 1 convolution [out, in, 1, 1], our linear map [in, out]."""
 
 
 def coupled_table(config: CoupledConfig) -> Table:

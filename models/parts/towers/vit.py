@@ -13,16 +13,25 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from zoo.models.core.keytable import Row, Table, Transform, conv, flat, linear, split
-from zoo.models.core.tree import check_shape
+from zoo.models.core.keytable import (
+    Row,
+    Table,
+    Transform,
+    conv,
+    flat,
+    linear,
+    norm_rows,
+    split,
+)
 from zoo.models.core.types import Array, Features, Memory, Stream, Tokens, take
 from zoo.models.parts.layers.activations import ACTIVATIONS
 from zoo.models.parts.layers.attention import everything
 from zoo.models.parts.layers.block import Block
-from zoo.models.parts.layers.embed import PatchEmbed
+from zoo.models.parts.layers.embed import PatchEmbed, check_pixels
+from zoo.models.parts.layers.gates import DROP_KEY, stochastic_depth
 from zoo.models.parts.layers.linear import Proj, dense, table_init
 from zoo.models.parts.layers.norms import LayerNorm, NormKind, RMSNorm
-from zoo.models.parts.layers.plan import Step, layers
+from zoo.models.parts.layers.plan import Step
 from zoo.models.parts.layers.positions import sincos_2d
 from zoo.models.parts.layers.resize import resize_bicubic
 from zoo.models.parts.layers.stack import Remat, Stack
@@ -62,6 +71,9 @@ class ViTConfig:
         returns is `Features.cls`.
       trim: `image_size` may be no multiple of `patch_size`; the rest at the right and the bottom is
         not seen (SigLIP with 384 pixels and patches of 14).
+      drop_path: in training, the share of examples for which a half of the last layer is left out;
+        it rises evenly from 0 in the first.
+      channels: of the images.
       dtype: in which activations are computed.
       remat: what layers keep for the gradient, as in `Stack`.
     """
@@ -88,6 +100,8 @@ class ViTConfig:
     position_resize: PositionResize | None = None
     attention_pool: bool = False
     trim: bool = False
+    drop_path: float = 0.0
+    channels: int = 3
     dtype: str = "float32"
     remat: Remat = "none"
 
@@ -136,7 +150,8 @@ class ViTConfig:
             wide_qk_norm=self.qk_norm,
             parent=None,
         )
-        return layers(block, self.depth)
+        depths = stochastic_depth(self.depth, self.drop_path)
+        return tuple(Step(block, policies) for policies in depths)
 
     def build(self) -> "ViT":
         """The module."""
@@ -220,7 +235,7 @@ class ViT(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.patch = PatchEmbed(c.patch_size, c.width, bias=not c.input_norm)
+        self.patch = self.make_patch()
         table = nn.with_logical_partitioning(self._first_positions, ("positions", "embed"))
         self.position = self.param("position", table)
         vector = nn.with_logical_partitioning(table_init(c.width), ("norm",))
@@ -239,6 +254,16 @@ class ViT(nn.Module):
         if c.attention_pool:
             self.pool = AttentionPool(c)
 
+    def make_patch(self) -> nn.Module:
+        """Hook: what `cut` uses."""
+        c = self.config
+        return PatchEmbed(c.patch_size, c.width, c.channels, bias=not c.input_norm)
+
+    def cut(self, pixels: Array, *, train: bool) -> Array:
+        """Hook: pixels [B, H, W, C] to tokens [B, N, D], one for each patch."""
+        del train
+        return self.patch(pixels)
+
     def _first_positions(self, key: Array) -> Array:
         """Learned positions start from sines and cosines too, so that near is alike."""
         del key
@@ -250,6 +275,7 @@ class ViT(nn.Module):
         self,
         pixels: Array,
         *,
+        train: bool = False,
         taps: tuple[int, ...] = (),
         qk: tuple[int, ...] = (),
         keep: Array | None = None,
@@ -262,6 +288,7 @@ class ViT(nn.Module):
           pixels: [..., H, W, 3], normalised; H and W are both `image_size` or, where the
             configuration has a `position_resize`, any multiples of `patch_size`. Leading axes are
             free.
+          train: whether paths are dropped, by the random stream "dropout".
           taps: depths at which to return the residual stream, 0 to `depth`.
           qk: layers whose queries and keys to return, 1 to `depth`.
           keep: int [..., K], the patches to encode, in this order; the others are dropped after
@@ -275,9 +302,12 @@ class ViT(nn.Module):
         """
         c, lead = self.config, pixels.shape[:-3]
         last = c.depth if stop_after is None else stop_after
-        self._check(pixels[(0,) * len(lead)], taps, qk, last)
-        hidden, grid = self._embed(pixels.reshape(-1, *pixels.shape[-3:]), keep, insert)
+        self._check(pixels, taps, qk, last)
+        hidden, grid = self._embed(
+            pixels.reshape(-1, *pixels.shape[-3:]), keep, insert, train=train
+        )
         stream = Stream(hidden, Tokens.sequence(jnp.ones(hidden.shape[:2], bool)))
+        memory = {DROP_KEY: self.make_rng("dropout")} if train and c.drop_path else None
 
         def free(x: Array) -> Array:
             """[B, ...] with the leading axes of the images again."""
@@ -286,7 +316,7 @@ class ViT(nn.Module):
         found, pairs, done = {}, {}, 0
         for mark in sorted({*taps, *(layer - 1 for layer in qk), last}):
             if mark > done:
-                stream, _, _ = self.stack(stream, start=done, stop=mark)
+                stream, _, _ = self.stack(stream, memory=memory, start=done, stop=mark)
                 done = mark
             if mark in taps:
                 found[mark] = free(stream.hidden)
@@ -302,10 +332,10 @@ class ViT(nn.Module):
         prefix = y.shape[1] - (grid[0] * grid[1] if keep is None else keep.shape[-1])
         return Features(free(y[:, prefix:]), grid, cls=cls, taps=found, qk=pairs)
 
-    def _check(self, image: Array, taps: tuple[int, ...], qk: tuple[int, ...], last: int) -> None:
+    def _check(self, pixels: Array, taps: tuple[int, ...], qk: tuple[int, ...], last: int) -> None:
         c = self.config
         side = c.image_size if c.position_resize is None else None
-        check_shape("pixels", image, "[height, width, 3]", side, side, 3)
+        check_pixels(pixels, channels=c.channels, side=side)
         if not 0 <= last <= c.depth:
             raise ValueError(f"stop_after = {last}: the tower has layers 1 to {c.depth}")
         if bad := [tap for tap in taps if not 0 <= tap <= last]:
@@ -314,13 +344,13 @@ class ViT(nn.Module):
             raise ValueError(f"qk {bad}: want 1 to {last}, the last layer that is run")
 
     def _embed(
-        self, pixels: Array, keep: Array | None, insert: Array | None
+        self, pixels: Array, keep: Array | None, insert: Array | None, *, train: bool = False
     ) -> tuple[Array, tuple[int, int]]:
         """The input of the first layer [B, P + N, D], and the grid of the patches."""
         c = self.config
         if c.trim and pixels.shape[1:3] == (c.image_size,) * 2:
             pixels = pixels[:, : c.grid[0] * c.patch_size, : c.grid[1] * c.patch_size]
-        x = self.patch(pixels.astype(c.dtype))  # [B, N, D]
+        x = self.cut(pixels.astype(c.dtype), train=train)  # [B, N, D]
         grid = (pixels.shape[1] // c.patch_size, pixels.shape[2] // c.patch_size)
         table = self.position.astype(jnp.float32)
         table = jax.lax.stop_gradient(table) if c.fixed_positions else table
@@ -345,11 +375,7 @@ class ViT(nn.Module):
 
     def _queries_and_keys(self, index: int, stream: Stream) -> tuple[Array, Array]:
         """Queries and keys [B, P + N, H, E] of the layer `index` (from 0) that `stream` enters."""
-        rows = nn.unbox(self.stack.variables["params"]["layers"])
-        own = jax.tree.map(lambda leaf: leaf[index], rows, is_leaf=lambda x: isinstance(x, tuple))
-        block = self.stack.steps[index].block.clone(parent=None, name=None)
-        layer = block.bind({"params": own})
-        q, k, _ = layer.qkv(stream, {})
+        q, k, _ = self.stack.layer(index).qkv(stream, {})
         return q, k
 
 
@@ -374,21 +400,31 @@ _OPTIONAL = {
 }
 
 
-def layer_rows(config: ViTConfig, prefix: str, names: Names) -> list[Row]:
+def layer_rows(
+    config: ViTConfig,
+    prefix: str,
+    names: Names,
+    *,
+    stack: str = "stack/layers",
+    steps: tuple[int | str, ...] | None = None,
+) -> list[Row]:
     """Rows of the layers.
 
     Args:
       config: says which parts there are; names of others are passed over.
       prefix: of the keys of a layer, with `{}` for its number.
       names: {"attn_norm": "layer_norm1", ("q", "k", "v"): "attn.qkv", ...}.
+      stack: where the layers' parameters are.
+      steps: what the keys have in the place of numbers; 0, 1, ... by default.
     """
-    rows, steps = [], tuple(range(config.depth))
+    rows: list[Row] = []
+    steps = tuple(range(config.depth)) if steps is None else steps
     for parts, key in names.items():
         parts = (parts,) if isinstance(parts, str) else parts
         field = _OPTIONAL.get(parts[0])
         if field is not None and getattr(config, field) in (None, False):
             continue
-        paths, key = [f"stack/layers/{part}" for part in parts], prefix + key
+        paths, key = [f"{stack}/{part}" for part in parts], prefix + key
         if parts[0].endswith("_gain"):
             rows.append(Row(paths[0], key, steps=steps))
         elif parts[0].endswith("_norm"):
@@ -407,11 +443,6 @@ def layer_rows(config: ViTConfig, prefix: str, names: Names) -> list[Row]:
     return rows
 
 
-def norm_rows(path: str, key: str) -> list[Row]:
-    """Rows of a LayerNorm."""
-    return [Row(f"{path}/scale", f"{key}.weight"), Row(f"{path}/bias", f"{key}.bias")]
-
-
 CLIP_LAYER: Names = {
     "attn_norm": "layer_norm1",
     "q": "self_attn.q_proj",
@@ -419,6 +450,16 @@ CLIP_LAYER: Names = {
     "v": "self_attn.v_proj",
     "out": "self_attn.out_proj",
     "mlp_norm": "layer_norm2",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}
+
+
+TIMM_LAYER: Names = {
+    "attn_norm": "norm1",
+    ("q", "k", "v"): "attn.qkv",
+    "out": "attn.proj",
+    "mlp_norm": "norm2",
     "up": "mlp.fc1",
     "down": "mlp.fc2",
 }
