@@ -1,0 +1,1 @@
+"""Systems that are ways to train."""

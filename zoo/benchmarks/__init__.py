@@ -1,0 +1,1 @@
+"""Systems that judge models or data: evaluators and tools of analysis."""

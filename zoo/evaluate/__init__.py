@@ -1,0 +1,1 @@
+"""Judging what answers questions about pictures."""
