@@ -1,20 +1,26 @@
-"""Checkpoints that are either whole or not there.
+"""Checkpoints that are either whole or not there, written while training goes on.
 
-`checkpoints/<step>/` holds what Orbax writes for `params` (those that train), `average` (where
-there is one), `opt_state`, `data` (the place in the data) and `rest` (step and random key), and at
-last `manifest.json` with the length and SHA-256 of every file. Orbax alone does not notice a
-flipped bit in an array; here a checkpoint without a manifest is unfinished, and one that differs
-from it is damaged. Neither is restored: both are set aside, and removed when a later good one
-exists.
+`checkpoints/<step>/` holds what Orbax writes for `params` (those that train), `opt_state`,
+`average`, `stats` and `aux` (where there are any) and `rest` (step, random key and other numbers,
+and the place in the data), `metrics.json`, and at last `manifest.json` with the length and SHA-256
+of every file. Orbax alone does not notice a flipped bit in an array; here a checkpoint without a
+manifest is unfinished, and one that differs from it is damaged. Neither is restored: both are set
+aside, and removed when a later good one exists.
 
-`checkpoints/frozen/`, where some parameters do not train, holds these once for all checkpoints.
+`checkpoints/frozen/` holds, once for all checkpoints, the parameters that do not train, and
+`checkpoints/fixed/` what the objective carries unchanged, where there are such.
+
+Of several processes each writes its part of the arrays, and the first one everything else.
 """
 
-import contextlib
 import errno
+import json
+import logging
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +28,20 @@ import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 
 from zoo.models.core.errors import ZooError
+from zoo.train.config import Best
+from zoo.train.data.pipeline import merged
+from zoo.train.launch import first, gathered, is_first, lost
 from zoo.train.state import HEALTHY, TrainState, nbytes
 from zoo.whole import check, write_manifest
 
 OVERHEAD = 1_000_000
 """Bytes, at most, of what a checkpoint holds beside its arrays: some dozens of small files."""
-_SET_ASIDE, _FROZEN = "damaged", "frozen"
+_SET_ASIDE, _METRICS = "damaged", "metrics.json"
+_CHANGING = ("params", "opt_state", "average", "stats", "aux")
+_ONCE = ("frozen", "fixed")
+_NUMBERS = ("step", "key", "skipped", "typical")
 
 # Orbax lets the devices that hold copies of an array write a slice of it each, which compiles a
 # program per slice and shape: seconds for a model of kilobytes. Only large arrays are worth it.
@@ -40,6 +51,8 @@ _ARRAYS = ocp.type_handlers.create_type_handler_registry(
         ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 24),
     )
 )
+# No stack traces of Orbax's threads: their errors arrive as exceptions, which are reported.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
 
 
 class Checkpoints:
@@ -47,67 +60,112 @@ class Checkpoints:
 
     Args:
       folder: where they are; it is created.
-      keep: how many stay.
+      keep: how many of the newest stay.
       say: is told in one line about everything that is not as it should be.
+      best: which others stay because they are good.
+
+    Attributes:
+      newest: the step of the newest one that is whole, or None.
     """
 
-    def __init__(self, folder: str | Path, keep: int, say: Callable[[str], None]):
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int,
+        say: Callable[[str], None],
+        best: Best = Best(),  # noqa: B008 (frozen)
+    ):
         self.folder = Path(folder).absolute()
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._keep = keep
+        self._best = best
         self._say = say
-        self.newest = self._sweep()
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False),
-            item_handlers={
-                "params": ocp.PyTreeCheckpointHandler(type_handler_registry=_ARRAYS),
-                "average": ocp.PyTreeCheckpointHandler(type_handler_registry=_ARRAYS),
-                "opt_state": ocp.PyTreeCheckpointHandler(type_handler_registry=_ARRAYS),
-                "data": grain.checkpoint.CheckpointHandler(),
-                "rest": ocp.JsonCheckpointHandler(),
+        self.newest: int | None = first(self._sweep)
+        self._writing: threading.Thread | None = None
+        self._failure: ZooError | None = None
+        handlers = {
+            **{
+                name: ocp.PyTreeCheckpointHandler(type_handler_registry=_ARRAYS)
+                for name in _CHANGING
             },
-        )
+            "rest": ocp.JsonCheckpointHandler(),
+        }
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
 
     @property
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, oldest first."""
         return _steps(self.folder)
 
-    def save(self, state: TrainState, data: grain.DatasetIterator) -> Path:
-        """Write a checkpoint of this state and place in the data; it is whole when this returns.
+    def save(
+        self,
+        state: TrainState,
+        data: grain.DatasetIterator,
+        metrics: Mapping[str, float] | None = None,
+    ) -> Path:
+        """Begin to write a checkpoint of this state and place in the data.
+
+        The state may be used up when this returns; the checkpoint is whole after `wait`.
+
+        Args:
+          state: what is written.
+          data: its place is.
+          metrics: of this step; by one of them checkpoints are good.
 
         Raises:
           ZooError: it could not be written; those before it are untouched.
         """
+        self.wait()
         step = int(state.step)
         path = self.folder / str(step)
-        rest = {"step": step, "key": np.asarray(state.key).tolist()}
-        trees = {"params": state.params, "opt_state": state.opt_state}
-        if state.average is not None:
-            trees["average"] = state.average
+        rest = {name: np.asarray(getattr(state, name)).tolist() for name in _NUMBERS}
+        rest["data"] = merged(gathered(data.get_state()))
+        trees = _trees(state, _CHANGING)
+        if jax.default_backend() == "cpu":
+            # What is written there is the very memory that the next step is given to use up. It is
+            # spared as long as it is looked at, but nothing promises that.
+            trees = jax.tree.map(lambda x: x.copy(), trees)
         args = ocp.args.Composite(
             **{name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()},
-            data=grain.checkpoint.CheckpointSave(data),
             rest=ocp.args.JsonSave(rest),
         )
-        once = state.frozen if state.frozen and not self._frozen.exists() else {}
+        once = {
+            name: tree
+            for name, tree in _trees(state, _ONCE).items()
+            if not (self.folder / name).exists()
+        }
         free = shutil.disk_usage(self.folder).free
-        if free < nbytes((trees, once)) + OVERHEAD:
+        if free < nbytes((trees, once)) / jax.process_count() + OVERHEAD:
             raise self._failed(step, f"the disk is full ({free / 1e6:.1f} MB left)")
         try:
-            with _quiet():
-                if once:
-                    self._save_frozen(once)
-                self._manager.save(step, args=args, force=True)
-            write_manifest(path)
+            for name, tree in once.items():
+                self._save_once(name, tree)
+            self._checkpointer.save(path, args=args, force=True)
         except Exception as error:  # Orbax and TensorStore raise many sorts for a failed write
-            self._remove_unfinished()
-            shutil.rmtree(path, ignore_errors=True)
-            raise self._failed(step, _why(error)) from error
-        self.newest = step
-        self._prune()
+            raise lost(error) or self._failed(step, _why(error)) from error
+        self._writing = threading.Thread(
+            target=self._finish, args=(step, path, dict(metrics or {})), name="checkpoint"
+        )
+        self._writing.start()
         return path
+
+    def poll(self) -> None:
+        """Raise what `wait` would, if the last save has come to its end; else do nothing."""
+        if self._writing is not None and not self._writing.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when the last checkpoint that `save` began is whole.
+
+        Raises:
+          ZooError: it could not be written; those before it are untouched.
+        """
+        if self._writing is None:
+            return
+        self._writing.join()
+        self._writing = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def restore(self, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
         """The newest state, on the shardings of `abstract`; `data` goes to its place.
@@ -115,19 +173,20 @@ class Checkpoints:
         Raises:
           ZooError: it does not fit the model or cannot be read.
         """
+        self.wait()
         path = self.folder / str(self.newest)
-        trees = {"params": abstract.params, "opt_state": abstract.opt_state}
-        if abstract.average is not None:
-            trees["average"] = abstract.average
+        trees = _trees(abstract, _CHANGING)
         args = ocp.args.Composite(
             **{name: _restore_onto(tree) for name, tree in trees.items()},
-            data=grain.checkpoint.CheckpointRestore(data),
             rest=ocp.args.JsonRestore(),
         )
         try:
-            with _quiet():
-                found = self._manager.restore(self.newest, args=args)
-                frozen = self._restore_frozen(abstract.frozen) if abstract.frozen else {}
+            found = self._checkpointer.restore(path, args=args)
+            data.set_state(found["rest"]["data"])
+            once = {
+                name: self._restore_once(name, tree)
+                for name, tree in _trees(abstract, _ONCE).items()
+            }
         except ZooError:
             raise
         except Exception as error:
@@ -136,44 +195,60 @@ class Checkpoints:
         def put(value: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
             return jax.device_put(np.asarray(value, like.dtype), like.sharding)
 
-        return TrainState(
-            step=put(found["rest"]["step"], abstract.step),
-            params=found["params"],
-            frozen=frozen,
-            average=found["average"] if "average" in trees else None,
-            opt_state=found["opt_state"],
-            key=put(found["rest"]["key"], abstract.key),
+        return abstract.replace(
+            **{name: put(found["rest"][name], getattr(abstract, name)) for name in _NUMBERS},
+            **{name: found[name] for name in trees},
+            **once,
             fault=put(HEALTHY, abstract.fault),
         )
 
     def close(self) -> None:
-        """Let go of what Orbax holds. A failed save, already reported, is not reported again."""
-        with _quiet(), contextlib.suppress(Exception):
-            self._manager.close()
+        """Let go of what Orbax holds. A failed save is not reported any more."""
+        if self._writing is not None:
+            self._writing.join()
+        self._checkpointer.close()
 
-    @property
-    def _frozen(self) -> Path:
-        return self.folder / _FROZEN
+    def _finish(self, step: int, path: Path, metrics: dict[str, float]) -> None:
+        """Make what Orbax writes in the background a whole checkpoint; runs in a thread."""
+        try:
+            self._checkpointer.wait_until_finished()
+            if is_first():
+                finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
+                (path / _METRICS).write_text(json.dumps(finite), "utf-8")
+                write_manifest(path)
+        except Exception as error:
+            self._failure = lost(error) or self._failed(step, _why(error))
+            return
+        self.newest = step
+        if is_first():
+            self._prune()
 
-    def _save_frozen(self, frozen: Any) -> None:
+    def _save_once(self, name: str, tree: Any) -> None:
         """Write what never changes; it is there as a whole or not at all."""
-        new = self.folder / f".{_FROZEN}.new"
-        shutil.rmtree(new, ignore_errors=True)
-        with _frozen_checkpointer() as checkpointer:
-            checkpointer.save(new, args=ocp.args.PyTreeSave(frozen))
-        write_manifest(new)
-        new.rename(self._frozen)
+        new = self.folder / f".{name}.new"
+        with _checkpointer() as checkpointer:
+            checkpointer.save(new, args=ocp.args.PyTreeSave(tree), force=True)
 
-    def _restore_frozen(self, abstract: Any) -> Any:
-        if problem := check(self._frozen):
+        def declare() -> None:
+            write_manifest(new)
+            new.rename(self.folder / name)
+
+        first(declare)
+
+    def _restore_once(self, name: str, abstract: Any) -> Any:
+        folder = self.folder / name
+        if problem := check(folder):
             raise ZooError(
-                f"the frozen parameters in {self._frozen} cannot be used: {problem}; bring the "
-                "folder back, or begin again in another output folder"
+                f"the {name} parameters in {folder} cannot be used: {problem}; bring the folder "
+                "back, or begin again in another output folder"
             )
-        with _frozen_checkpointer() as checkpointer:
-            return checkpointer.restore(self._frozen, args=_restore_onto(abstract))
+        with _checkpointer() as checkpointer:
+            return checkpointer.restore(folder, args=_restore_onto(abstract))
 
     def _failed(self, step: int, why: str) -> ZooError:
+        """The error to raise, after what is left of the checkpoint has been removed."""
+        self._remove_unfinished()
+        shutil.rmtree(self.folder / str(step), ignore_errors=True)
         last = "there is none before it"
         if self.newest is not None:
             last = f"the last good one is {self.folder / str(self.newest)}"
@@ -182,7 +257,8 @@ class Checkpoints:
         )
 
     def _sweep(self) -> int | None:
-        """Set aside what cannot be used, remove unfinished saves, return the newest good step."""
+        """Remove unfinished saves, set aside what cannot be used, return the newest good step."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_unfinished()
         for step in reversed(self.steps):
             problem = check(self.folder / str(step))
@@ -200,25 +276,48 @@ class Checkpoints:
                 f"checkpoint {self.folder / str(step)} cannot be used: {problem}. Moved to "
                 f"{aside}; falling back to {instead}"
             )
-        shutil.rmtree(self._frozen, ignore_errors=True)  # whose first checkpoint is not there
+        for name in _ONCE:
+            shutil.rmtree(self.folder / name, ignore_errors=True)  # of a first that is not there
         return None
 
     def _remove_unfinished(self) -> None:
         """Remove what saves left that did not come as far as their final name."""
         for path in self.folder.iterdir():
-            if ".orbax-checkpoint-tmp" in path.name or path.name == f".{_FROZEN}.new":
+            if ".orbax-checkpoint-tmp" in path.name or path.name.endswith(".new"):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _prune(self) -> None:
-        """Remove all but the newest `keep`, and bad ones that this run has caught up with."""
-        for step in self.steps[: -self._keep]:
-            self._manager.delete(step)
+        """Remove all but the newest and the best, and bad ones that this run has caught up with."""
+        steps = self.steps
+        values = {step: self._value(step) for step in steps if self._value(step) is not None}
+        ranked = sorted(values, key=lambda step: (values[step], -step), reverse=True)
+        stay = {*steps[-self._keep :], *ranked[: self._best.number]}
+        for step in steps:
+            if step not in stay:
+                old = self.folder / f".{step}.new"  # from here on it is removed, also if killed
+                (self.folder / str(step)).rename(old)
+                shutil.rmtree(old, ignore_errors=True)
         aside = self.folder / _SET_ASIDE
         if aside.exists() and max(_steps(aside), default=0) <= (self.newest or 0):
             shutil.rmtree(aside, ignore_errors=True)
 
+    def _value(self, step: int) -> float | None:
+        """How good a checkpoint is, more being better; None if its step was not judged."""
+        try:
+            metrics = json.loads((self.folder / str(step) / _METRICS).read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+        value = metrics.get(self._best.metric)
+        return None if value is None else float(value if self._best.largest else -value)
 
-def _frozen_checkpointer() -> ocp.Checkpointer:
+
+def _trees(state: TrainState, names: Iterable[str]) -> dict[str, Any]:
+    """Those of these fields that hold anything."""
+    found = {name: getattr(state, name) for name in names}
+    return {name: tree for name, tree in found.items() if jax.tree.leaves(tree)}
+
+
+def _checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=_ARRAYS))
 
 
@@ -232,17 +331,6 @@ def _steps(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No stack traces of Orbax's threads: their errors arrive as exceptions, which are reported."""
-    verbosity = absl_logging.get_verbosity()
-    absl_logging.set_verbosity(absl_logging.FATAL)
-    try:
-        yield
-    finally:
-        absl_logging.set_verbosity(verbosity)
 
 
 def _why(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from zoo.models.core.errors import UsageError
 from zoo.train.config import Experiment, Recipe, Start
 
 _USAGE = """usage: zoo train CONFIG [--out DIR] [--from SOURCE] [--data-dir DIR] [--json]
+                [--coordinator HOST:PORT --num-processes N --process-id I]
                 [--dotted.field VALUE ...]
        zoo train --list [--json]
 
@@ -30,6 +31,9 @@ CONFIG is the name of a configuration of the package, or a file of yours such as
 class Command:
     """Train by a configuration. The same command continues a run that was interrupted.
 
+    On several hosts it is started on each of them; on TPU slices and under Slurm, Open MPI and
+    Kubernetes jobs the processes find each other by themselves.
+
     Attributes:
       config: the configuration.
       out: folder of the run; `runs/<name of the configuration>` by default.
@@ -37,6 +41,9 @@ class Command:
         training starts with; in place of what the configuration says.
       data_dir: where data sets are prepared; in the user's cache by default.
       json: print the outcome as one JSON object, and nothing else, to standard output.
+      coordinator: address and free port of the first of several processes, as the others reach it.
+      num_processes: how many there are.
+      process_id: which of them this is, from 0.
     """
 
     config: Annotated[Experiment, tyro.conf.arg(name="")]
@@ -44,6 +51,9 @@ class Command:
     source: Annotated[str | None, tyro.conf.arg(name="from")] = None
     data_dir: Path | None = None
     json: bool = False
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +123,11 @@ def _train(name: str, flags: Sequence[str]) -> int:
     default = RecipeCommand(found) if isinstance(found, Recipe) else Command(found)
     try:
         command = tyro.cli(
-            type(default), default=default, args=list(flags), prog=f"zoo train {name}"
+            type(default),
+            default=default,
+            args=list(flags),
+            prog=f"zoo train {name}",
+            config=(tyro.conf.AvoidSubcommands,),  # what is optional is as the configuration says
         )
     except ValueError as error:  # from a configuration that refuses its values
         raise UsageError(str(error)) from error
@@ -121,17 +135,25 @@ def _train(name: str, flags: Sequence[str]) -> int:
     if command.source is not None:
         config = _started(config, command.source)
     settings = encode(config)
-    if not command.json:
+
+    from zoo.train.launch import is_first, join, one_of_several
+
+    join(command.coordinator, command.num_processes, command.process_id)
+    if not command.json and is_first():
         print(json.dumps(settings, indent=2), flush=True)
 
     from zoo.train.loop import train  # after the flags: it takes a second to import
     from zoo.train.recipe import train_recipe
 
     out = command.out or Path("runs") / Path(name).stem
-    if isinstance(config, Recipe):
-        result = train_recipe(config, out, data_dir=command.data_dir)
-    else:
-        result = train(config, out, data_dir=command.data_dir)
+    with one_of_several():
+        if isinstance(config, Recipe):
+            result = train_recipe(config, out, data_dir=command.data_dir)
+        else:
+            result = train(config, out, data_dir=command.data_dir)
+    status = 128 + result.stopped if result.stopped else 0
+    if not is_first():
+        return status
     outcome = {
         "out": str(out),
         "run": str(result.folder),
@@ -145,7 +167,7 @@ def _train(name: str, flags: Sequence[str]) -> int:
     else:
         shown = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
         print(f"step {result.step} of {result.steps}  {shown}\n{result.folder}")
-    return 128 + result.stopped if result.stopped else 0
+    return status
 
 
 def _started(config: Experiment | Recipe, source: str) -> Experiment | Recipe:

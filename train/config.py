@@ -3,14 +3,16 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from zoo.models.core.config import ModelConfig
 from zoo.models.core.errors import UsageError
 from zoo.processors.image import Filter, Fit, ImageProcessor
+from zoo.processors.pictures import Pictures
 from zoo.processors.text import Tokenizer
 from zoo.processors.vlm import Processor
 from zoo.train.data.sources import DataConfig
+from zoo.train.lora import LoRA
 from zoo.train.mesh import MeshConfig
 from zoo.train.objectives import NextToken, Objective
 from zoo.train.optim import OptimConfig
@@ -43,7 +45,7 @@ class ProcessorConfig:
 
     def build(
         self, model: ModelConfig, data: DataConfig, known: Tokenizer | None = None
-    ) -> "Processor | Chats":
+    ) -> "Processor | Pictures | Chats":
         """The processor for a model that is trained on a data set.
 
         Args:
@@ -55,27 +57,34 @@ class ProcessorConfig:
             return _chats(self.source, model)
         inputs = model.inputs(1)
         size = inputs["pixels"].shape[-2]
+        image = ImageProcessor(size, self.mean, self.std, self.resize, self.fit)
+        if "ids" not in inputs:
+            return Pictures(image)
         if self.tokenizer is not None:
             tokenizer = Tokenizer.load(self.tokenizer)
         elif known is not None:
             tokenizer = known
         else:
             tokenizer = Tokenizer.train(data.texts(), self.vocab_size)
-        image = ImageProcessor(size, self.mean, self.std, self.resize, self.fit)
         images, length = inputs["pixels"].shape[1], inputs["ids"].shape[1]
         views = getattr(model, "crops", None)
         crops = (0, False) if views is None else (views.number, views.square)
         return Processor(image, tokenizer, length, images, *crops)
 
-    def read(self, folder: str | Path, model: ModelConfig) -> "Processor | Chats":
+    def read(self, folder: str | Path, model: ModelConfig) -> "Processor | Pictures | Chats":
         """What `build` has made, from the folder that it was saved to."""
-        return Processor.load(folder) if self.source is None else _chats(folder, model)
+        if self.source is not None:
+            return _chats(folder, model)
+        return (Processor if "ids" in model.inputs(1) else Pictures).load(folder)
 
 
 def _chats(source: str | Path, model: ModelConfig) -> "Chats":
-    from zoo.train.data.chats import Chats  # few need it, and it takes a while to import
+    from zoo.train.data.captions import Captions  # few need them, and they take a while to import
+    from zoo.train.data.chats import Chats
 
-    return Chats.load(source, model)
+    inputs = model.inputs(1)
+    pairs = {"pixels", "ids"} <= inputs.keys() and "labels" not in inputs
+    return (Captions if pairs else Chats).load(source, model)
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,81 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Faults:
+    """What becomes of a step whose loss, gradient or update is not finite, or whose loss jumps.
+
+    Such a step never changes anything but the number of steps.
+
+    Attributes:
+      do: "stop" ends the run; "skip" goes on with the next batch; "rewind" goes back to the last
+        checkpoint and leaves out the batches from there to the one at fault.
+      spike: a loss is at fault, too, if it is more than so many times what it was of late; None: it
+        may jump.
+      most: how many steps may be skipped in all, or how often a sitting may go back, before the run
+        stops.
+    """
+
+    do: Literal["stop", "skip", "rewind"] = "stop"
+    spike: float | None = None
+    most: int = 10
+
+    def __post_init__(self) -> None:
+        if self.do not in ("stop", "skip", "rewind"):
+            raise UsageError(f"faults.do is {self.do!r}: want one of stop, skip, rewind")
+        if self.spike is not None and self.spike <= 1:
+            raise UsageError(f"faults.spike is {self.spike}: want more than 1, or None")
+        if self.most < 0:
+            raise UsageError(f"faults.most is {self.most}: want 0 or more")
+
+
+@dataclass(frozen=True)
+class Best:
+    """Checkpoints that stay because they are good.
+
+    Attributes:
+      number: how many; 0 for none.
+      metric: by which; only steps that are evaluated have one of `eval/`.
+      largest: whether more of it is better.
+    """
+
+    number: int = 0
+    metric: str = "eval/loss"
+    largest: bool = False
+
+    def __post_init__(self) -> None:
+        if self.number < 0:
+            raise UsageError(f"best.number is {self.number}: want 0 or more")
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What is recorded of a run beside its metrics.
+
+    Attributes:
+      wandb: the project of Weights & Biases that is sent the metrics too; None for none.
+      profile_steps: the first and the last step of which a profile is taken, into `profile/`; None
+        for none.
+      peak_flops: FLOPs per second that a device can do at most, for the share of them that is used
+        (`mfu`); None takes what is known of bfloat16 on the device, if it is.
+    """
+
+    wandb: str | None = None
+    profile_steps: tuple[int, int] | None = None
+    peak_flops: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.profile_steps is not None:
+            begin, end = self.profile_steps
+            if not 1 <= begin <= end:
+                raise UsageError(
+                    f"watch.profile_steps is {self.profile_steps}: want a first step, from 1, and "
+                    "a last one that is not before it"
+                )
+        if self.peak_flops is not None and self.peak_flops <= 0:
+            raise UsageError(f"watch.peak_flops is {self.peak_flops}: want more than 0, or None")
+
+
+@dataclass(frozen=True)
 class Experiment:
     """A training run.
 
@@ -117,6 +201,9 @@ class Experiment:
       fresh: patterns (see `Part`) of the parameters that are drawn although there is a start,
         because it does not have them or they shall be learned anew.
       parts: what trains, and how; empty: everything alike. Every parameter belongs to exactly one.
+      lora: low-rank adapters, which train in place of the kernels that they belong to; None for
+        none. Without `parts` nothing else trains; with them, every kernel that has an adapter must
+        be frozen.
       objective: what it is trained to do.
       processor: how records become examples.
       optim: how parameters move.
@@ -132,6 +219,9 @@ class Experiment:
       eval_examples: validation examples per evaluation; 0 uses none.
       save_every: steps between checkpoints; the last step is always saved.
       keep: number of checkpoints that stay, the newest ones.
+      best: which others stay.
+      faults: what becomes of a step that goes wrong.
+      watch: what is recorded beside metrics.
       max_bad_share: share of records that may be unusable before the run stops.
       pack: whether as many examples as fit share a row, none of which sees another; `batch_size`
         then counts rows, see `zoo.train.data.packing`.
@@ -146,6 +236,7 @@ class Experiment:
     start: tuple[Start, ...] = ()
     fresh: tuple[str, ...] = ()
     parts: tuple[Part, ...] = ()
+    lora: LoRA | None = None
     objective: Objective = field(default_factory=NextToken)
     processor: ProcessorConfig = field(default_factory=ProcessorConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -158,6 +249,9 @@ class Experiment:
     eval_examples: int = 0
     save_every: int = 200
     keep: int = 3
+    best: Best = field(default_factory=Best)
+    faults: Faults = field(default_factory=Faults)
+    watch: Watch = field(default_factory=Watch)
     max_bad_share: float = 0.01
     pack: bool = False
     workers: int = 0
@@ -182,6 +276,11 @@ class Experiment:
             raise UsageError(f"max_bad_share is {self.max_bad_share}: want a share from 0 to 1")
         if self.average is not None and not 0 < self.average < 1:
             raise UsageError(f"average is {self.average}: want a decay between 0 and 1, or None")
+        if self.objective.whole_batch and self.accumulate > 1:
+            raise UsageError(
+                f"accumulate is {self.accumulate}: {type(self.objective).__name__} compares the "
+                "examples of a whole batch with one another: want 1"
+            )
         if self.batch_size % self.accumulate:
             raise UsageError(
                 f"accumulate is {self.accumulate}: want a divisor of batch_size = {self.batch_size}"
@@ -226,6 +325,9 @@ MAY_CHANGE = {
     "eval_examples": "likewise",
     "save_every": "likewise",
     "keep": "likewise",
+    "best": "likewise",
+    "watch": "likewise",
+    "faults": "when to give up, or what to do then, changes nothing before",
     "max_bad_share": "when to give up changes nothing before",
     "workers": "the batches do not depend on who reads them",
     "mesh": "the numbers are the same up to the order of sums",

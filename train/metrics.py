@@ -1,13 +1,13 @@
-"""What a run leaves for people and programs to read: `metrics.jsonl` and TensorBoard."""
+"""What a run leaves for people and programs to read: `metrics.jsonl`, TensorBoard, a journal."""
 
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from zoo.whole import write_atomically
 
@@ -27,16 +27,41 @@ finally:
 _SECONDS_BETWEEN_FLUSHES = 5.0
 
 
+class Sink(Protocol):
+    """Takes the metrics too."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """The `values` of `step`; after a return to a checkpoint, a step may come again."""
+        ...
+
+    def close(self) -> None:
+        """There will be no more."""
+        ...
+
+
 class MetricsWriter:
-    """One JSON object per logged step, the same numbers as TensorBoard scalars.
+    """One JSON object per logged step, the same numbers as TensorBoard scalars and to other sinks.
 
     Args:
       folder: of the run.
-      step: the step that the run goes on from. What was written for later steps is removed, so that
-        no step occurs twice, and so is a last line that was cut off by a crash.
+      step: the step that the run goes on from, see `go_back`.
+      sinks: are told the same.
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, sinks: Sequence[Sink] = ()):
+        self._folder = folder
+        self._sinks = sinks
+        self._open(step)
+
+    def go_back(self, step: int) -> None:
+        """Go on from `step`. What was written for later steps is removed, so that no step occurs
+        twice, and so is a last line that was cut off by a crash.
+        """
+        self._close()
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        folder = self._folder
         self._file = folder / "metrics.jsonl"
         kept = [record for record in read_metrics(self._file) if record["step"] <= step]
         write_atomically(self._file, "".join(map(_line, kept)))
@@ -62,6 +87,8 @@ class MetricsWriter:
         ):  # each one waits for the disk
             self._board.flush()
             self._flushed = time.monotonic()
+        for sink in self._sinks:
+            sink.write(step, values)
 
     def sync(self) -> None:
         """Return when everything is on the disk."""
@@ -69,9 +96,30 @@ class MetricsWriter:
         self._board.flush()
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files and the other sinks."""
+        self._close()
+        for sink in self._sinks:
+            sink.close()
+
+    def _close(self) -> None:
         self._out.close()
         self._board.close()
+
+
+class NoMetrics:
+    """In place of a `MetricsWriter` where another process writes."""
+
+    def go_back(self, step: int) -> None:
+        """Do nothing, as all of these."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Likewise."""
+
+    def sync(self) -> None:
+        """Likewise."""
+
+    def close(self) -> None:
+        """Likewise."""
 
 
 def read_metrics(file: str | Path) -> list[dict[str, Any]]:

@@ -1,17 +1,22 @@
-"""The optimizer: global-norm clipping, AdamW or Muon, and the schedule of the learning rate."""
+"""The optimizer: clipping, AdamW or Muon, the schedule of the learning rate, and what the state is
+kept in.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from zoo.models.core.errors import UsageError
+from zoo.models.parts.layers import low_rank
 from zoo.train.parts import Part, assigned
 
 Name = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "linear", "constant"]
+StateDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,8 @@ class OptimConfig:
       b1, b2, eps: AdamW's.
       weight_decay: decoupled, times the learning rate; kernels only, not norms, biases and tables.
       clip_norm: gradients whose global norm is larger are scaled down to it; None clips nothing.
+      state: of what the moments are kept in. "bfloat16" takes half the memory; they are rounded up
+        or down by chance, so that what is too small for a change adds up all the same.
     """
 
     name: Name = "adamw"
@@ -42,11 +49,13 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
+    state: StateDtype = "float32"
 
     def __post_init__(self) -> None:
         for field, value, choices in (
             ("name", self.name, get_args(Name)),
             ("schedule", self.schedule, get_args(Schedule)),
+            ("state", self.state, get_args(StateDtype)),
         ):
             if value not in choices:
                 raise UsageError(f"optim.{field} is {value!r}: want one of {', '.join(choices)}")
@@ -114,9 +123,56 @@ def make_optimizer(
             str(i): _moves(_of_part(config, part), steps, names) for i, part in enumerate(parts)
         }
         moves = optax.partition(each, labels)
+    if config.state == "bfloat16":
+        moves = rounded(moves)
     if config.clip_norm is None:
         return moves
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), moves)
+
+
+class Rounded(NamedTuple):
+    """The state of an optimizer with its float32 arrays in bfloat16, and the steps so far."""
+
+    count: jax.Array
+    state: Any
+
+
+def rounded(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same optimizer with a state that is kept in bfloat16, see `stochastically_rounded`."""
+
+    def init(params: Any) -> Rounded:
+        small = jax.tree.map(
+            lambda x: x.astype(jnp.bfloat16) if _is_wide(x) else x, optimizer.init(params)
+        )
+        return Rounded(jnp.int32(0), small)
+
+    def update(grads: Any, kept: Rounded, params: Any = None) -> tuple[Any, Rounded]:
+        wide = jax.tree.map(
+            lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, kept.state
+        )
+        updates, wide = optimizer.update(grads, wide, params)
+        leaves, structure = jax.tree.flatten(wide)
+        key = jax.random.fold_in(jax.random.key(0), kept.count)
+        small = [
+            stochastically_rounded(x, jax.random.fold_in(key, i)) if _is_wide(x) else x
+            for i, x in enumerate(leaves)
+        ]
+        return updates, Rounded(kept.count + 1, jax.tree.unflatten(structure, small))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _is_wide(x: jax.Array) -> bool:
+    return x.ndim > 0 and x.dtype == jnp.float32
+
+
+def stochastically_rounded(x: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 to one of the two nearest bfloat16, the nearer the likelier: right on average."""
+    chance = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    # bfloat16 is the upper half of float32: the lower half carries over as often as it is large.
+    raised = jax.lax.bitcast_convert_type(x, jnp.uint32) + chance
+    upper = jax.lax.bitcast_convert_type(raised & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), upper, x).astype(jnp.bfloat16)
 
 
 def _of_part(config: OptimConfig, part: Part) -> OptimConfig:
@@ -183,5 +239,6 @@ def matrix_axes(names: Any) -> Any:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the leaves that weight decay acts on: those called `kernel`."""
-    return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
+    """True for the leaves that weight decay acts on: kernels and their low-rank adapters."""
+    decayed = (low_rank.KERNEL, low_rank.A, low_rank.B)
+    return jax.tree.map_with_path(lambda path, _: path[-1].key in decayed, params)

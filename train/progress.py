@@ -22,15 +22,16 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Bar:
     """A progress bar that goes through phases: data, training, evaluation.
 
-    Without a terminal there is a line every ten seconds instead. All of it goes to standard error.
+    Without a terminal there is a line every ten seconds instead. All of it goes to standard error,
+    or nowhere with `quiet`.
 
         with Bar() as bar:
             bar.phase("training", 1000)
             bar.update(17, loss="2.31")
     """
 
-    def __init__(self, console: Console | None = None):
-        self.console = console or Console(stderr=True)
+    def __init__(self, console: Console | None = None, *, quiet: bool = False):
+        self.console = console or Console(stderr=True, quiet=quiet)
         self._live = self.console.is_terminal or self.console.is_jupyter
         self._progress = Progress(
             TextColumn("{task.description}"),

@@ -18,9 +18,10 @@ from zoo.models.core.errors import UsageError
 from zoo.saving import MODEL, saved_about
 from zoo.train.config import Experiment, Recipe
 from zoo.train.folder import CHECKPOINTS, CONFIG, claim, writing
+from zoo.train.launch import first, is_first, locked_together
 from zoo.train.loop import OnEval, Result, train
 from zoo.train.progress import Bar
-from zoo.whole import locked, write_atomically
+from zoo.whole import write_atomically
 
 
 def train_recipe(
@@ -47,9 +48,9 @@ def train_recipe(
       UsageError, ZooError: as `zoo.train.loop.train`.
     """
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(Bar()) if progress is None else progress
-        folder = stack.enter_context(locked(out))
-        _claim(folder, recipe)
+        bar = stack.enter_context(Bar(quiet=not is_first())) if progress is None else progress
+        folder = stack.enter_context(locked_together(out))
+        first(lambda: _claim(folder, recipe))
         folders = [folder / name for name in recipe.folders]
 
         def run(number: int, before: Path | None) -> Result:
@@ -66,7 +67,7 @@ def train_recipe(
         *earlier, last = range(len(folders))
         before: Path | None = None
         for number in earlier:
-            if not _finished(folders[number], recipe.stages[number]):
+            if not first(lambda n=number: _finished(folders[n], recipe.stages[n])):
                 result = run(number, before)
                 if result.stopped or not result.complete:
                     return result
@@ -74,7 +75,7 @@ def train_recipe(
             before = folders[number]
         result = run(last, before)
         if result.complete:
-            _link(folder, folders[last])
+            first(lambda: _link(folder, folders[last]))
         return result
 
 

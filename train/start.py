@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from zoo.convert.place import flat_paths, nested, shardings_of
 from zoo.convert.transfer import Transfer
-from zoo.loading import load
+from zoo.loading import load, saved_stats
 from zoo.models.core.config import ModelConfig
 from zoo.models.core.errors import UsageError
 from zoo.processors.text import Tokenizer
@@ -71,6 +71,27 @@ def starting_params(
         )
     plan = Transfer(config, boxed, new, frozenset())
     return nested(found | plan.fresh(seed, shardings_of(boxed, mesh), np.dtype("float32")))
+
+
+def starting_stats(starts: Iterable[Start], wanted: Any) -> Any:
+    """The running statistics of the models among them that were trained here.
+
+    Args:
+      starts: where they are from; what several have, the last one gives.
+      wanted: shapes of those that the model keeps.
+
+    Returns:
+      All of them; None if some are in no source, or have another shape there: a new model's are
+      taken.
+    """
+    shapes = {path: leaf.shape for path, leaf in flat_paths(wanted).items()}
+    found: dict[str, Any] = {}
+    for start in starts:
+        for folder in (Path(start.source) / MODEL, Path(start.source)):
+            theirs = flat_paths(saved_stats(folder)).items()
+            found |= {start.place(path): np.asarray(leaf) for path, leaf in theirs}
+    taken = {path: leaf for path, leaf in found.items() if shapes.get(path) == leaf.shape}
+    return nested(taken) if taken.keys() == shapes.keys() else None
 
 
 def starting_tokenizer(starts: Iterable[Start]) -> Tokenizer | None:

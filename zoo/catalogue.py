@@ -89,6 +89,8 @@ def build_index(root: Path) -> dict[str, dict[str, Any]]:
             continue
         names = list(registry.registered()[slug].variants)
         index[slug] = {"module": module, "variants": names, "status": status(root, slug, names)}
+        if reducers := list(registry.registered()[slug].reducers):
+            index[slug]["reducers"] = reducers
     return dict(sorted(index.items()))
 
 

@@ -2,6 +2,7 @@
 
     config.json          layout version, configuration, cards of the systems in it, where it is from
     params.safetensors   parameters, named "decoder/stack/layers/q/kernel"
+    stats.safetensors    running statistics, named alike, of a model that keeps some
     processor.json, tokenizer.json   how pictures and text become arrays
     manifest.json        length and digest of all files
 
@@ -31,10 +32,13 @@ from zoo.whole import check, reach_the_disk, write_manifest
 MODEL = "model"
 """Name of the model's folder in the folder of a run."""
 
+ADAPTER = "adapter"
+"""Name of the folder of low-rank adapters beside it, in the layout of `peft`."""
+
 LAYOUT = 1
 """Version of the form described above; another one is refused."""
 
-PARAMS, CONFIG = "params.safetensors", "config.json"
+PARAMS, STATS, CONFIG = "params.safetensors", "stats.safetensors", "config.json"
 
 PARTS, TENSORS, SOURCE = "params", "tensors.json", "source"
 """What a converted checkpoint has in place of `PARAMS` and of the processor's files."""
@@ -46,6 +50,7 @@ def save_model(
     params: Mapping[str, Any],
     processor: Processor,
     about: Mapping[str, Any],
+    stats: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a model; `folder` then holds all of it, in place of what it held before.
 
@@ -55,6 +60,7 @@ def save_model(
       params: its unboxed parameters.
       processor: how pictures and text become its inputs.
       about: plain facts worth keeping, such as the experiment and the step.
+      stats: its running statistics, where it keeps some.
 
     Raises:
       ZooError: it could not be written; what was there before is untouched.
@@ -72,10 +78,13 @@ def save_model(
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
         new.mkdir(parents=True)
-        flat = {"/".join(path): leaf for path, leaf in flatten_dict(jax.device_get(params)).items()}
-        save_file(flat, new / PARAMS, metadata={"layout": str(LAYOUT)})
         (new / CONFIG).write_text(json.dumps(described, indent=2) + "\n", "utf-8")
-        shutil.copymode(new / CONFIG, new / PARAMS)  # the library lets nobody else read it
+        for name, tree in ((PARAMS, params), (STATS, stats)):
+            if tree:
+                flat = flatten_dict(jax.device_get(tree)).items()
+                named = {"/".join(path): leaf for path, leaf in flat}
+                save_file(named, new / name, metadata={"layout": str(LAYOUT)})
+                shutil.copymode(new / CONFIG, new / name)  # the library lets nobody else read it
         processor.save(new)
         write_manifest(new)
         reach_the_disk(new)

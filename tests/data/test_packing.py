@@ -51,7 +51,8 @@ def setup():
     @jax.jit
     def run(params, batch):
         def loss(params):
-            means, _ = NextToken().loss(model, params, batch, jax.random.key(0), None)
+            variables = {"params": params}
+            means, *_ = NextToken().loss(model, variables, {}, batch, jax.random.key(0), None)
             return means["loss"].total, means["loss"].weight
 
         return jax.value_and_grad(loss, has_aux=True)(params)

@@ -10,7 +10,7 @@ import pytest
 from tests.data.numbered import SIZE, Numbers, number_processor, numbers, records, same, take
 from zoo.models.core.errors import UsageError, ZooError
 from zoo.processors import ImageProcessor, Processor, Tokenizer
-from zoo.train.data.pipeline import Pipeline, Questions
+from zoo.train.data.pipeline import Pipeline, Questions, check_bad, merged
 from zoo.train.data.sources import DigitsVQA
 
 
@@ -92,11 +92,79 @@ def test_a_place_in_other_data_is_refused(processor):
     others = [
         dataclasses.replace(pipeline, config=Numbers(21)),
         dataclasses.replace(pipeline, seed=1),
-        dataclasses.replace(pipeline, process_count=2),
+        dataclasses.replace(pipeline, pack=True),
     ]
     for other in others:
         with pytest.raises(ZooError, match="other data"):
             iter(other).set_state(state)
+
+
+def alike(one, other):
+    """Whether two counts differ in nothing but the order of the reasons."""
+    return (one.seen, one.bad, set(one.reasons)) == (other.seen, other.bad, set(other.reasons))
+
+
+@pytest.mark.parametrize("bad", [(), (3, 8, 9)])
+@pytest.mark.parametrize("rows", [((0, 1), (2, 3), (4, 5)), ((0, 5), (1, 4), (2, 3))])
+def test_the_batch_of_several_processes_is_that_of_one(processor, bad, rows):
+    pipeline = Pipeline(Numbers(20, bad), processor, batch_size=6, seed=1, max_bad_share=0.2)
+    whole = iter(pipeline)
+    expected = [numbers(batch) for batch in take(whole, 8)]
+    shares = [
+        iter(dataclasses.replace(pipeline, process_index=i, process_count=3, rows=own))
+        for i, own in enumerate(rows)
+    ]
+
+    def together(count):
+        found = []
+        for _ in range(count):
+            batch = [0] * 6
+            for own, share in zip(rows, shares, strict=True):
+                for row, number in zip(own, numbers(next(share)), strict=True):
+                    batch[row] = number
+            found.append(batch)
+        return found
+
+    assert together(4) == expected[:4]
+    state = json.loads(json.dumps(merged([share.get_state() for share in shares])))
+    assert together(4) == expected[4:]
+    assert alike(check_bad([share.get_state() for share in shares], 0.2), whole.bad)
+    # One process goes on where three have stopped, and three where one has.
+    again = iter(pipeline)
+    again.set_state(state)
+    assert [numbers(batch) for batch in take(again, 4)] == expected[4:]
+    assert alike(again.bad, whole.bad)
+    middle = iter(pipeline)
+    take(middle, 4)
+    for share in shares:
+        share.set_state(middle.get_state())
+    assert together(4) == expected[4:]
+    assert alike(check_bad([share.get_state() for share in shares], 0.2), whole.bad)
+
+
+def test_processes_with_the_same_rows_count_once(processor):
+    batches = iter(Pipeline(Numbers(20, (3,)), processor, batch_size=4, max_bad_share=0.1))
+    take(batches, 10)
+    states = [batches.get_state(), batches.get_state()]
+    assert merged(states) == states[0]
+    with pytest.raises(ZooError, match=r"2 of 40 records are bad"):
+        check_bad(states, 0.01)
+
+
+def test_packed_rows_stay_with_their_processes(processor):
+    pipeline = Pipeline(Numbers(20), processor, batch_size=4, pack=True)
+    shares = [
+        iter(dataclasses.replace(pipeline, process_index=i, process_count=2)) for i in range(2)
+    ]
+    for share in shares:
+        take(share, 3)
+    state = json.loads(json.dumps(merged([share.get_state() for share in shares])))
+    expected = [take(share, 3) for share in shares]
+    for share in shares:
+        share.set_state(state)
+    assert all(same(take(s, 3), wanted) for s, wanted in zip(shares, expected, strict=True))
+    with pytest.raises(ZooError, match="number of processes was 2 and is 1"):
+        iter(pipeline).set_state(state)
 
 
 @pytest.mark.parametrize(("count", "processes"), [(24, 3), (20, 3), (7, 4)])
@@ -126,16 +194,22 @@ def test_impossible_shares_are_refused(processor):
         Pipeline(Numbers(), processor, batch_size=4, process_count=3)
     with pytest.raises(UsageError, match="process_index is 2"):
         Pipeline(Numbers(), processor, batch_size=4, process_count=2, process_index=2)
+    with pytest.raises(UsageError, match="want 2, as each process has"):
+        Pipeline(Numbers(), processor, batch_size=4, process_count=2, rows=(0, 1, 2))
 
 
 def test_bad_records_are_left_out_counted_and_named(processor):
     bad = (3, 8)
     batches = iter(Pipeline(Numbers(20, bad), processor, batch_size=6, max_bad_share=0.1))
-    seen = records(batches, 6)  # 36 good records: two epochs
-    assert not set(seen) & set(bad)
-    assert set(seen) == set(range(20)) - set(bad)
-    assert batches.bad.seen in (39, 40)
-    assert batches.bad.bad == batches.bad.seen - 36
+    seen = records(batches, 10)  # three epochs
+    good = sorted(set(range(20)) - set(bad))
+    assert set(seen) == set(good)
+    others = list(seen)
+    for number in good * 3:
+        others.remove(number)
+    assert len(others) == 6  # stand in for the bad ones, two an epoch
+    assert len(set(others)) <= 2  # always the same
+    assert (batches.bad.seen, batches.bad.bad) == (60, 6)
     assert sorted(batches.bad.reasons) == ["record 3 is bad", "record 8 is bad"]
     assert "record 3 is bad" in str(batches.bad)
 

@@ -163,3 +163,12 @@ def test_a_folder_without_a_model(capsys, tmp_path, picture):
     status, _, err = ask(capsys, tmp_path, picture("plain"))
     assert status == 1
     assert "holds no model" in err
+
+
+def test_agents(capsys, run, picture):
+    status, _, err = ask(capsys, run, picture("plain"), "--agent", "damro_tiny")
+    assert status == 2 and "want a connector with a token for every patch" in err
+    status, _, err = ask(capsys, run, picture("plain"), "--agent", "mqt_tiny")
+    assert status == 2 and "no agent" in err
+    status, _, err = ask(capsys, run, picture("plain"), "--agent", "damro", "--stream")
+    assert status == 2 and "leave --stream and --system out" in err

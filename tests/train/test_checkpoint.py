@@ -1,5 +1,7 @@
 import errno
+import math
 import shutil
+import threading
 from pathlib import Path
 
 import grain
@@ -10,7 +12,9 @@ import pytest
 
 from tests.train.tiny import TinyConfig
 from zoo.models.core.errors import ZooError
+from zoo.train import checkpoint
 from zoo.train.checkpoint import Checkpoints
+from zoo.train.config import Best
 from zoo.train.mesh import MeshConfig, make_mesh
 from zoo.train.optim import OptimConfig, make_optimizer
 from zoo.train.state import abstract_state, boxed_params, initial_state
@@ -43,15 +47,16 @@ def states(mesh_config=None, seed=0):
     return abstract, initial_state(model, inputs, optimizer, abstract, seed)
 
 
-def written(folder, steps, keep=3):
+def written(folder, steps, keep=3, best=None, metrics=None):
     """Checkpoints of `steps` in `folder`; returns the last state."""
     _, state = states()
-    checkpoints = Checkpoints(folder, keep, pytest.fail)
+    checkpoints = Checkpoints(folder, keep, pytest.fail, best or Best())
     data = Counter()
     for step in steps:
         data.place = 10 * step
         state = state.replace(step=jax.numpy.int32(step))
-        checkpoints.save(state, data)
+        checkpoints.save(state, data, (metrics or {}).get(step))
+    checkpoints.wait()
     checkpoints.close()
     return state
 
@@ -83,6 +88,41 @@ def test_what_was_saved_comes_back_on_any_mesh(copy):
 def test_the_newest_are_kept(tmp_path):
     written(tmp_path, [1, 2, 3, 5], keep=2)
     assert Checkpoints(tmp_path, 2, pytest.fail).steps == [3, 5]
+
+
+@pytest.mark.parametrize(("largest", "stay"), [(False, [2, 4, 5, 6]), (True, [1, 3, 5, 6])])
+def test_the_best_are_kept_too(tmp_path, largest, stay):
+    # Step 5 was not judged, and one number is none.
+    metrics = {1: {"m": 9.0}, 2: {"m": 1.0}, 3: {"m": 8.0}, 4: {"m": 2.0}, 6: {"m": math.nan}}
+    best = Best(2, "m", largest)
+    written(tmp_path, [1, 2, 3], keep=2, best=best, metrics=metrics)
+    written(tmp_path, [4, 5, 6], keep=2, best=best, metrics=metrics)  # knows of those before
+    assert Checkpoints(tmp_path, 2, pytest.fail).steps == stay
+
+
+def test_it_is_written_while_training_goes_on(tmp_path, monkeypatch):
+    abstract, state = states()
+    wanted = jax.tree.map(np.array, state)
+    checkpoints, data = Checkpoints(tmp_path, 2, pytest.fail), Counter()
+    slow = threading.Event()
+    write_manifest = checkpoint.write_manifest
+    monkeypatch.setattr(
+        checkpoint, "write_manifest", lambda path: slow.wait(60) and write_manifest(path)
+    )
+    checkpoints.save(state, data)
+    checkpoints.poll()
+    assert checkpoints.newest is None
+    # The state is used up, and what is drawn from next takes its memory.
+    use = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    for _ in range(3):
+        state, data.place = use(state), 7
+    assert not np.array_equal(state.params["embedding"], wanted.params["embedding"])
+    slow.set()
+    checkpoints.wait()
+    assert checkpoints.newest == 0
+    found = checkpoints.restore(abstract, data)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert data.place == 0
 
 
 def damage(how, file):
@@ -134,8 +174,10 @@ def test_a_bad_checkpoint_is_set_aside_for_the_one_before(copy, what):
     assert (int(state.step), data.place) == (4, 40)
     assert (copy / "damaged" / "8").exists()
     checkpoints.save(state.replace(step=jax.numpy.int32(6)), data)
+    checkpoints.wait()
     assert (copy / "damaged" / "8").exists()  # not caught up yet
     checkpoints.save(state.replace(step=jax.numpy.int32(8)), data)
+    checkpoints.wait()
     assert not (copy / "damaged").exists()
     assert Checkpoints(copy, 3, pytest.fail).steps == [4, 6, 8]
 
@@ -155,7 +197,7 @@ def test_leftovers_of_a_killed_save_are_removed(copy):
     assert sorted(p.name for p in copy.iterdir()) == ["4", "8"]
 
 
-@pytest.mark.parametrize("where", ["beforehand", "orbax", "manifest"])
+@pytest.mark.parametrize("where", ["beforehand", "orbax", "background", "manifest"])
 def test_a_full_disk_is_said_and_leaves_the_last_good_one(copy, monkeypatch, where):
     checkpoints, (_, state) = Checkpoints(copy, 3, pytest.fail), states()
 
@@ -165,11 +207,18 @@ def test_a_full_disk_is_said_and_leaves_the_last_good_one(copy, monkeypatch, whe
     if where == "beforehand":
         monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 900_000}))
     elif where == "orbax":
-        monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+        monkeypatch.setattr(ocp.AsyncCheckpointer, "save", full)
+    elif where == "background":
+        monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", full)
     else:
         monkeypatch.setattr("zoo.whole.write_atomically", full)
+
+    def save():
+        checkpoints.save(state.replace(step=jax.numpy.int32(12)), Counter())
+        checkpoints.wait()
+
     with pytest.raises(
         ZooError, match=r"step 12 could not .* the disk is full.*; the last good one is .*8"
     ):
-        checkpoints.save(state.replace(step=jax.numpy.int32(12)), Counter())
+        save()
     assert Checkpoints(copy, 3, pytest.fail).steps == [4, 8]

@@ -8,7 +8,7 @@ import pytest
 from tests.train.tiny import TinyData, tiny
 from zoo.models.core.errors import UsageError, ZooError
 from zoo.train.cli import find
-from zoo.train.config import MAY_CHANGE, Experiment
+from zoo.train.config import MAY_CHANGE, Best, Experiment, Faults, Watch
 from zoo.train.folder import check_room, claim, read_experiment, writing
 from zoo.train.mesh import MeshConfig
 from zoo.whole import locked
@@ -34,7 +34,8 @@ def test_what_changes_no_number_may_change(tmp_path):
     begun(tmp_path, tiny())
     free = tiny(
         name="other", log_every=3, eval_every=3, eval_examples=8, save_every=7, keep=5,
-        max_bad_share=0.5, mesh=MeshConfig(fsdp=2), accumulate=2,
+        max_bad_share=0.5, best=Best(2), faults=Faults("skip"), watch=Watch(wandb="zoo"),
+        mesh=MeshConfig(fsdp=2), accumulate=2,
         objective=replace(tiny().objective, chunk=3),
     )  # fmt: skip
     claim(tmp_path, free)

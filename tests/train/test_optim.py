@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
@@ -17,6 +18,7 @@ from zoo.train.optim import (
     learning_rate,
     make_optimizer,
     matrix_axes,
+    stochastically_rounded,
 )
 from zoo.train.state import boxed_params
 
@@ -87,11 +89,61 @@ def test_gradients_are_clipped_by_their_global_norm():
     assert not np.allclose(update(loose, 100.0), update(loose, 7.0))
 
 
+def test_many_roundings_have_the_mean_of_the_value():
+    values = jnp.array([1.0 + 1 / 3 * 2**-7, -3.1416, 1e-30, 65504.0, 0.0, 1.5])
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    drawn = jax.jit(jax.vmap(lambda key: stochastically_rounded(values, key)))(keys)
+    assert drawn.dtype == jnp.bfloat16
+    drawn = np.asarray(drawn, np.float64)
+    assert set(drawn[:, 0]) == {1, 1 + 2**-7}  # its neighbours, none further away
+    assert set(drawn[:, 1]) == {-3.15625, -3.140625}
+    for column in (0, 1, 2, 3):
+        low, high = np.unique(drawn[:, column])
+        error = (high - low) / 2 / np.sqrt(len(keys))  # of the mean, at most
+        assert abs(drawn[:, column].mean() - float(values[column])) < 5 * error
+    assert (drawn[:, 4:] == [0, 1.5]).all()  # what needs no rounding stays
+    wild = stochastically_rounded(jnp.array([jnp.inf, -jnp.inf, jnp.nan]), keys[0])
+    np.testing.assert_array_equal(np.asarray(wild, np.float32), [np.inf, -np.inf, np.nan])
+
+
+def test_half_a_state_learns_as_a_whole_one_does():
+    """A least-squares problem: within a hundredth of what there is to learn, at every point."""
+    rng = np.random.default_rng(0)
+    inputs, wanted = rng.normal(size=(256, 16)), rng.normal(size=(16, 4))
+    inputs, outputs = jnp.asarray(inputs, jnp.float32), jnp.asarray(inputs @ wanted, jnp.float32)
+
+    def loss(params):
+        return ((inputs @ params["kernel"] - outputs) ** 2).mean()
+
+    def losses(state):
+        optimizer = make_optimizer(OptimConfig(lr=0.02, warmup=0, state=state), 400)
+        params = {"kernel": jnp.zeros((16, 4))}
+
+        def step(carry, _):
+            params, opt_state = carry
+            value, grads = jax.value_and_grad(loss)(params)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), value
+
+        start = (params, optimizer.init(params))
+        (_, opt_state), values = jax.jit(lambda c: jax.lax.scan(step, c, length=400))(start)
+        moments = [x for x in jax.tree.leaves(opt_state) if x.ndim]
+        assert {x.dtype for x in moments} == {jnp.dtype(state)}
+        assert len(moments) == 2
+        return np.asarray(values)
+
+    wide, small = losses("float32"), losses("bfloat16")
+    assert wide[-1] < 1e-3 * wide[0]
+    assert np.abs(small - wide).max() < 0.01 * wide[0]
+    assert small[-1] < 2e-3 * wide[0]
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("name", "adam"), ("schedule", "cosin"), ("lr", 0), ("lr", -1), ("warmup", -1), ("end", 2),
-        ("b1", 1), ("b2", -0.1), ("eps", 0), ("weight_decay", -1), ("clip_norm", 0),
+        ("state", "float16"), ("b1", 1), ("b2", -0.1), ("eps", 0),
+        ("weight_decay", -1), ("clip_norm", 0),
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused_by_name(field, value):

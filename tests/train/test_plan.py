@@ -117,7 +117,7 @@ def test_what_is_tried_divides_evenly_and_is_new():
         assert begin not in tried
         assert len({repr(each) for each in tried}) == len(tried)
         for each in tried:
-            sizes = dataclasses.asdict(each.mesh)
+            sizes = each.mesh.sizes
             assert math.prod(sizes.values()) == devices
             assert batch % (sizes["data"] * sizes["fsdp"] * each.accumulate) == 0
 

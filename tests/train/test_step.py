@@ -10,6 +10,7 @@ from jax.extend.core import jaxprs_in_params
 
 from tests.train.tiny import TinyConfig, TinyModel, tiny
 from zoo.models.core.errors import UsageError
+from zoo.train.config import Faults
 from zoo.train.mesh import MeshConfig, batch_sharding, check_batch_size, make_mesh, put_batch
 from zoo.train.objectives import Mean, NextToken
 from zoo.train.optim import OptimConfig, learning_rate, make_optimizer
@@ -32,13 +33,15 @@ def mesh():
         yield mesh
 
 
-def prepared(mesh, optim):
+def prepared(mesh, optim, faults=None):
     config = TinyConfig()
     model, inputs, optimizer = config.build(), config.inputs(1), make_optimizer(optim, 10)
     boxed = boxed_params(model, inputs)
     abstract = abstract_state(boxed, optimizer, mesh)
     state = initial_state(model, inputs, optimizer, abstract, 0)
-    step = make_train_step(model, NextToken(), optimizer, learning_rate(optim, 10), abstract)
+    step = make_train_step(
+        model, NextToken(), optimizer, learning_rate(optim, 10), abstract, faults=faults or Faults()
+    )
     assert (
         state_bytes(boxed, optimizer)
         == 3 * 4 * sum(x.size for x in jax.tree.leaves(state.params)) + 8
@@ -51,7 +54,10 @@ def test_loss_is_the_mean_over_labelled_tokens_of_the_whole_batch():
     data = batch()
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), data)["params"])
     objective, key = NextToken(), jax.random.key(0)
-    terms, others = jax.jit(lambda p, b: objective.loss(model, p, b, key, None))(params, data)
+    terms, others, carried = jax.jit(
+        lambda p, b: objective.loss(model, {"params": p}, {}, b, key, None)
+    )(params, data)
+    assert carried == {}
 
     hidden = model.apply({"params": params}, data).hidden
     logits = np.asarray(hidden @ params["embedding"].T, np.float64)
@@ -94,8 +100,19 @@ def test_state_is_divided_as_its_names_say_and_stays_so(mesh):
     assert all(m.sharding == state.params["up"]["kernel"].sharding for m in moments)
     state, metrics = step(state, put_batch(batch(), batch_sharding(mesh)), None)
     assert jax.tree.map(lambda x: x.sharding, state) == placed
-    assert set(metrics) == {"loss", "accuracy", "grad_norm", "lr"}
+    assert set(metrics) == {"loss", "accuracy", "grad_norm", "lr", "fault", "skipped"}
     assert int(state.step) == 1
+
+
+def test_half_a_state_lies_as_its_parameters_do(mesh):
+    config, optimizer = TinyConfig(), make_optimizer(OptimConfig(warmup=0, state="bfloat16"), 10)
+    boxed = boxed_params(config.build(), config.inputs(1))
+    abstract = abstract_state(boxed, optimizer, mesh)
+    moments = [x for x in jax.tree.leaves(abstract.opt_state) if x.shape == (8, 32)]
+    assert [x.dtype for x in moments] == [jnp.bfloat16] * 2
+    assert {x.sharding for x in moments} == {abstract.params["up"]["kernel"].sharding}
+    size = sum(x.size for x in jax.tree.leaves(abstract.params))
+    assert state_bytes(boxed, optimizer) == (4 + 2 + 2) * size + 12
 
 
 def test_a_step_that_is_not_finite_leaves_parameters_as_they_were(mesh):
@@ -109,7 +126,51 @@ def test_a_step_that_is_not_finite_leaves_parameters_as_they_were(mesh):
     assert np.isnan(metrics["loss"])
     state, _ = step(state, put_batch(batch(2), sharding), None)
     assert int(state.fault) == 1  # the first step at fault, not the last
+    assert int(state.skipped) == 0
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), before)
+
+
+def test_steps_at_fault_are_skipped_up_to_a_number(mesh):
+    sharding = batch_sharding(mesh)
+    poisoned = batch(1)
+    poisoned["pixels"][3] = np.nan
+    order = [batch(0), poisoned, batch(2), poisoned, batch(3)]
+
+    def run(batches, most):
+        state, step = prepared(mesh, OptimConfig(warmup=3), Faults(do="skip", most=most))
+        reports = []
+        for each in batches:
+            state, metrics = step(state, put_batch(each, sharding), None)
+            reports.append({name: float(value) for name, value in metrics.items()})
+        return jax.tree.map(np.array, state), reports
+
+    skipping, reports = run(order, most=2)
+    assert (skipping.step, skipping.skipped, skipping.fault) == (5, 2, -1)
+    assert [r["skipped"] for r in reports] == [0, 1, 1, 2, 2]
+    # What is left out leaves no trace but the count: not in moments, learning rate, mean loss.
+    without, plain = run(order[::2], most=0)
+    same = ("params", "opt_state", "typical")
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        [getattr(skipping, name) for name in same],
+        [getattr(without, name) for name in same],
+    )
+    assert [reports[i]["lr"] for i in (0, 2, 4)] == [r["lr"] for r in plain]
+    stopped, _ = run(order, most=1)
+    assert (stopped.skipped, stopped.fault) == (2, 3)
+
+
+def test_a_loss_that_jumps_is_at_fault(mesh):
+    sharding = batch_sharding(mesh)
+    state, step = prepared(mesh, OptimConfig(warmup=0), Faults(spike=1.5))
+    wild = batch(1)
+    wild["pixels"] *= 1e3
+    found = []
+    for each in (wild, *[batch(i) for i in range(10)], wild):
+        state, metrics = step(state, put_batch(each, sharding), None)
+        found.append(float(metrics["loss"]))
+    assert int(state.fault) == 11  # the first one is wild, but what is usual was not known yet
+    assert np.isfinite(found).all()
 
 
 @pytest.mark.parametrize("sizes", [{"data": 0}, {"data": -1, "fsdp": -1}, {"tensor": -2}])
@@ -164,7 +225,10 @@ def reporting():
 
     def run(objective):
         def loss(params):
-            terms, others = objective.loss(model, params, batch(), jax.random.key(0), None)
+            variables = {"params": params}
+            terms, others, _ = objective.loss(
+                model, variables, {}, batch(), jax.random.key(0), None
+            )
             return sum(mean.value for mean in terms.values()), (terms, others)
 
         (_, (terms, others)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
@@ -187,7 +251,8 @@ def test_what_layers_report_as_losses_is_summed_and_trained(reporting):
         return aux[0]["router_loss"] + aux[2]["router_loss"]
 
     def without(params):
-        terms, _ = NextToken().loss(TinyModel(8), params, batch(), jax.random.key(0), None)
+        variables = {"params": params}
+        terms, *_ = NextToken().loss(TinyModel(8), variables, {}, batch(), jax.random.key(0), None)
         return terms["loss"].value
 
     wanted = jax.tree.map(jnp.add, jax.grad(reported)(params), jax.grad(without)(params))
@@ -219,13 +284,14 @@ def test_chunked_logits_are_never_whole(monkeypatch):
 
     def most(objective):
         def loss(params):
-            return objective.loss(model, params, batch(), key, None)[0]["loss"].value
+            terms, *_ = objective.loss(model, {"params": params}, {}, batch(), key, None)
+            return terms["loss"].value
 
         return max(sizes(jax.make_jaxpr(jax.value_and_grad(loss))(params).jaxpr))
 
     assert most(NextToken()) == whole
     assert most(NextToken(chunk=6)) == whole // 4
-    monkeypatch.setattr("zoo.train.objectives.lm.WHOLE_LOGITS", 320 * 6)
+    monkeypatch.setattr("zoo.train.objectives.chunks.WHOLE_LOGITS", 320 * 6)
     assert most(NextToken()) == whole // 4
 
 

@@ -5,8 +5,9 @@ which is what makes resuming and sharing out among processes exact.
 """
 
 import functools
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -54,6 +55,39 @@ def shares(weights: Sequence[float]) -> list[int]:
         error = np.where((counts > 1) | (surplus < 0), (counts - exact) * np.sign(surplus), -np.inf)
         counts[error.argmax()] -= np.sign(surplus)
     return counts.tolist()
+
+
+def rows_of(records: grain.MapDataset, rows: Sequence[int], batch_size: int) -> grain.MapDataset:
+    """The records of a stream that stand in certain rows of its batches, batch after batch."""
+    if len(rows) == batch_size:
+        return records
+    return grain.MapDataset.range(sys.maxsize).map(_Rows(records, rows, batch_size))
+
+
+class _Rows:
+    """The record at each place of what is left of a stream."""
+
+    def __init__(self, records: grain.MapDataset, rows: Sequence[int], batch_size: int):
+        self._records = records
+        self._rows = tuple(rows)
+        self._batch_size = batch_size
+
+    def __call__(self, place: int) -> Place:
+        batch, row = divmod(place, len(self._rows))
+        found: Place = self._records[batch * self._batch_size + self._rows[row]]
+        return found
+
+
+def others(place: Place, length: int) -> Iterator[Place]:
+    """All other records of a source, in an order that only depends on the place.
+
+    They stand in for a record that cannot be used.
+    """
+    step = 1 + int(_drawn(*place).integers(max(length - 1, 1)))
+    while math.gcd(step, length) > 1:
+        step += 1
+    for k in range(1, length):
+        yield Place(place.source, (place.index + k * step) % length)
 
 
 class _Mixed:

@@ -10,10 +10,15 @@ The iterator is a `grain.DatasetIterator`, so `grain.checkpoint.CheckpointSave(b
 with Orbax.
 
 Bad records (a picture that cannot be read, a conversation without answer or beyond `max_length`)
-are left out and counted; more than a set share of them stops the run. What is wrong with a source
-as a whole, such as an empty shard, is told in `faults`.
+are left out and counted, and another record of their source takes their place; more than a set
+share of them stops the run. What is wrong with a source as a whole, such as an empty shard, is told
+in `faults`.
+
+So the record in row i of batch s follows from the seed and the place in the stream, s B + i, alone:
+each of several processes reads its own rows, and the batch of all is that of one process.
 """
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +32,15 @@ from absl import flags
 from zoo.models.core.errors import UsageError, ZooError
 from zoo.processors import Processor
 from zoo.train.data.mixture import sources
-from zoo.train.data.order import Place, shares, stream
+from zoo.train.data.order import Place, others, rows_of, shares, stream
 from zoo.train.data.packing import Packer
+from zoo.train.data.preferences import encoded
 from zoo.train.data.sources import DataConfig, Source
 
 Arrays = dict[str, np.ndarray]
+
+State = dict[str, Any]
+"""The place in a stream, as plain JSON values."""
 
 _REASONS_KEPT = 5
 
@@ -56,15 +65,11 @@ class BadRecords:
 
     def plus(self, record: Any) -> "BadRecords":
         """These counts with one more record."""
-        if not isinstance(record, Bad):
-            return BadRecords(self.seen + 1, self.bad, self.reasons)
-        reasons = self.reasons
-        if len(reasons) < _REASONS_KEPT and record.reason not in reasons:
-            reasons = (*reasons, record.reason)
-        return BadRecords(self.seen + 1, self.bad + 1, reasons)
+        one = BadRecords(1, 1, (record.reason,)) if isinstance(record, Bad) else BadRecords(1)
+        return self + one
 
     def __add__(self, other: "BadRecords") -> "BadRecords":
-        reasons = (*self.reasons, *other.reasons)[:_REASONS_KEPT]
+        reasons = tuple(dict.fromkeys((*self.reasons, *other.reasons)))[:_REASONS_KEPT]
         return BadRecords(self.seen + other.seen, self.bad + other.bad, reasons)
 
     def __str__(self) -> str:
@@ -76,10 +81,9 @@ class BadRecords:
 class Pipeline:
     """Endless shuffled batches of whole conversations, for training.
 
-    Every epoch of a source has its own order, given by `seed`. Process p of n takes every n-th
-    record of the stream, starting with the p-th: the processes share the records out without
-    overlap and never run out of batches. Records are read and processed ahead, by threads or by
-    processes of their own; the result does not depend on their number.
+    Every epoch of a source has its own order, given by `seed`. Process p of n reads the p-th of n
+    equal parts of every batch, or the `rows` that it is told. Records are read and processed ahead,
+    by threads or by processes of their own; the result does not depend on their number.
 
     Attributes:
       config: the data set, which may be a `Mixture` of several.
@@ -89,10 +93,13 @@ class Pipeline:
       data_dir: where the data set is prepared.
       split: "train" or "validation".
       process_index, process_count: which process this is, of how many.
+      rows: the rows of each batch that it reads, as many as the others; None: they lie together.
       max_bad_share: the run stops as soon as it is certain that more than this share of a source
-        is bad: 1 % of 12,000 records at the 121st bad one of an epoch. A whole epoch without a
-        good record stops it in any case.
-      pack: as many examples in a row as fit, see `zoo.train.data.packing`.
+        is bad: 1 % of 12,000 records at the 121st bad one of an epoch. A source without a good
+        record stops it in any case.
+      pack: as many examples in a row as fit, see `zoo.train.data.packing`. How many those are
+        decides what the next row has, so each process packs a part of the stream of its own, every
+        n-th record, and the batches depend on the number of processes.
       num_threads: threads that process records; 0 does it when a batch is asked for.
       workers: processes that read and process records instead of the threads, for pictures that
         take longer to decode than one process has time; each takes some 0.3 GB of memory.
@@ -108,6 +115,7 @@ class Pipeline:
     split: str = "train"
     process_index: int = 0
     process_count: int = 1
+    rows: tuple[int, ...] | None = None
     max_bad_share: float = 0.01
     pack: bool = False
     num_threads: int = 2
@@ -116,6 +124,9 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         _check_processes(self.batch_size, self.process_index, self.process_count)
+        local = self.batch_size // self.process_count
+        if self.rows is not None and len(self.rows) != local:
+            raise UsageError(f"rows are {self.rows}: want {local}, as each process has")
 
     def __iter__(self) -> "BatchIterator":
         """An iterator from the first batch on; each call gives an independent one."""
@@ -124,16 +135,21 @@ class Pipeline:
         counts = shares([weight for _, weight in found])
         records = stream(lengths, counts, self.seed)
         process = _Process(self, [source for source, _ in found])
-        examples = records[self.process_index :: self.process_count].map(process)
         local = self.batch_size // self.process_count
+        if self.pack:
+            mine = records[self.process_index :: self.process_count]
+        else:
+            rows = self.rows or range(self.process_index * local, (self.process_index + 1) * local)
+            mine = rows_of(records, rows, self.batch_size)
+        examples = mine.map(process)
         ahead = 2 * local
 
         def start(place: int) -> grain.DatasetIterator:
             """What is left of the stream of this process from its record `place` on."""
             rest = examples[place:] if place else examples
             if not self.workers:
-                buffer = ahead if self.num_threads else 0
-                options = grain.ReadOptions(self.num_threads, buffer)
+                # Few: for every record that it hands out, grain asks all that are ahead of it.
+                options = grain.ReadOptions(self.num_threads, 8 * self.num_threads)
                 return iter(rest.to_iter_dataset(options))
             if not flags.FLAGS.is_parsed():  # grain reads some; whoever parsed none has none
                 flags.FLAGS.mark_as_parsed()
@@ -145,6 +161,7 @@ class Pipeline:
         return BatchIterator(
             start,
             batch_size=local,
+            share=(self.process_index, self.process_count),
             epochs=lengths,
             max_bad_share=self.max_bad_share,
             packer=self._packer if self.pack else None,
@@ -153,9 +170,8 @@ class Pipeline:
                 "records": lengths,
                 "shares": counts,
                 "seed": self.seed,
-                "process": self.process_index,
-                "number of processes": self.process_count,
                 "pack": self.pack,
+                **({"number of processes": self.process_count} if self.pack else {}),
             },
         )
 
@@ -167,8 +183,10 @@ class Pipeline:
 class BatchIterator(grain.DatasetIterator):
     """Batches of the good records; see `Pipeline`.
 
-    The state, plain JSON, is how many records of each source were used and left out, which is the
-    place in the stream. Records that were read ahead are not part of it: they are read again.
+    The state, plain JSON, is the place in the stream, and how many records of each source were seen
+    and left out. Records that were read ahead are not part of it: they are read again. `merged`
+    makes one of those of all processes, from which any of them goes on; unless rows are packed,
+    also another number of processes.
 
     Attributes:
       faults: what is wrong with sources as a whole, such as empty shards.
@@ -179,6 +197,7 @@ class BatchIterator(grain.DatasetIterator):
         start: Callable[[int], grain.DatasetIterator],
         *,
         batch_size: int,
+        share: tuple[int, int],
         epochs: Sequence[int],
         max_bad_share: float,
         packer: Callable[[], Packer] | None,
@@ -189,11 +208,12 @@ class BatchIterator(grain.DatasetIterator):
         self.faults = tuple(faults)
         self._start = start
         self._records = start(0)
+        self._used = 0  # of the records that are read here
         self._counts = [BadRecords() for _ in epochs]
-        self._bad_in_a_row = [0 for _ in epochs]
         self._held: _Read | None = None  # was read, fitted into no row and is not counted yet
         self._batch_size = batch_size
         self._epochs = epochs
+        self._index, self._processes = share
         self._max_bad_share = max_bad_share
         self._packer = packer
         self._identity = identity
@@ -207,71 +227,122 @@ class BatchIterator(grain.DatasetIterator):
         """The next batch of arrays [B / n, ...]. Raises ZooError if too many records are bad."""
         if self._packer is not None:
             return self._packed(self._packer())
-        return _stack([self._use(self._good()) for _ in range(self._batch_size)])
+        return _stack([self._use(self._read()) for _ in range(self._batch_size)])
 
     def _packed(self, rows: Packer) -> Arrays:
-        while rows.add((read := self._good()).example):
+        while rows.add((read := self._read()).example):
             self._use(read)
         self._held = read
         return rows.batch()
 
-    def _good(self) -> "_Read":
-        """The next record that is good, not yet counted."""
+    def _read(self) -> "_Read":
+        """The next record, not yet counted."""
         if self._held is not None:
             read, self._held = self._held, None
             return read
-        while isinstance((read := next(self._records)).example, Bad):
-            self._counts[read.source] = self._counts[read.source].plus(read.example)
-            self._bad_in_a_row[read.source] += 1
-            self._check(read.source)
+        read = next(self._records)
+        if read.example is None:
+            tried = sum(map(BadRecords().plus, read.bad), self._counts[read.source])
+            raise _too_many(tried, self._epochs[read.source], self._max_bad_share)
         return read
 
     def _use(self, read: "_Read") -> Arrays:
-        """Count a good record."""
-        self._counts[read.source] = self._counts[read.source].plus(read.example)
-        self._bad_in_a_row[read.source] = 0
+        """Count a record."""
+        self._used += 1
+        counts = self._counts[read.source]
+        self._counts[read.source] = counts.plus(read.bad[0] if read.bad else None)
+        if read.bad:
+            _check(self._counts, self._epochs, self._max_bad_share, self._processes)
         return read.example
 
-    def _check(self, source: int) -> None:
-        bad, epoch = self._counts[source], self._epochs[source]
-        epochs_begun = -(-bad.seen // epoch)
-        allowed = self._max_bad_share * epoch * epochs_begun
-        if bad.bad > allowed or self._bad_in_a_row[source] >= epoch:
-            raise ZooError(
-                f"{bad}\nThat is more than max_bad_share={self._max_bad_share:g} allows of "
-                f"{epoch}: mend or remove them, or raise it"
-            )
-
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> State:
         """Where the iterator stands, as plain JSON values."""
+        place = self._used if self._packer is not None else self._used * self._processes
         return {
+            "places": {str(self._index): place},
             "seen": [count.seen for count in self._counts],
             "bad": [count.bad for count in self._counts],
             "reasons": [list(count.reasons) for count in self._counts],
-            "bad_in_a_row": list(self._bad_in_a_row),
             "identity": self._identity,
         }
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: State) -> None:
         """Go to where `state` was taken. Raises ZooError if it was taken from other data."""
         if (saved := state["identity"]) != self._identity:
             differ = [
-                f"{name} was {saved.get(name)} and is {value}"
-                for name, value in self._identity.items()
-                if saved.get(name) != value
+                f"{name} was {saved.get(name)} and is {self._identity.get(name)}"
+                for name in {**saved, **self._identity}
+                if saved.get(name) != self._identity.get(name)
             ]
             raise ZooError(f"the saved place is in other data: {', '.join(differ)}")
-        each = zip(state["seen"], state["bad"], map(tuple, state["reasons"]), strict=True)
-        self._counts = [BadRecords(*count) for count in each]
-        self._bad_in_a_row = list(state["bad_in_a_row"])
+        places = state["places"]
+        if self._packer is not None:
+            self._used = places[str(self._index)]
+        else:
+            self._used = next(iter(places.values())) // self._processes
+        # One of the processes remembers what all of them have counted.
+        self._counts = counts_of(state) if not self._index else [BadRecords() for _ in self._epochs]
         self._held = None
         self._records.close()
-        self._records = self._start(sum(state["seen"]))
+        self._records = self._start(self._used)
 
     def close(self) -> None:
         """Stop reading ahead."""
         self._records.close()
         super().close()
+
+
+def merged(states: Sequence[State]) -> State:
+    """The state of an iterator that stands for those of several processes; all go on from it.
+
+    Processes that read the same rows count once.
+    """
+    one, *more = {tuple(state.get("places", ())): state for state in states}.values()
+    if not more:
+        return one
+    each = zip(*(counts_of(state) for state in (one, *more)), strict=True)
+    counts = [sum(source, BadRecords()) for source in each]
+    return {
+        "places": {index: at for state in (one, *more) for index, at in state["places"].items()},
+        "seen": [count.seen for count in counts],
+        "bad": [count.bad for count in counts],
+        "reasons": [list(count.reasons) for count in counts],
+        "identity": one["identity"],
+    }
+
+
+def counts_of(state: State) -> list[BadRecords]:
+    """What was left out of each source up to a state."""
+    each = zip(state["seen"], state["bad"], map(tuple, state["reasons"]), strict=True)
+    return [BadRecords(*count) for count in each]
+
+
+def check_bad(states: Sequence[State], max_bad_share: float) -> BadRecords:
+    """What all processes have left out, up to their states.
+
+    Raises:
+      ZooError: it is certain that more than `max_bad_share` of a source is bad.
+    """
+    state = merged(states)
+    counts = counts_of(state)
+    _check(counts, state["identity"]["records"], max_bad_share)
+    return sum(counts, BadRecords())
+
+
+def _check(
+    counts: Sequence[BadRecords], epochs: Sequence[int], max_bad_share: float, processes: int = 1
+) -> None:
+    for bad, epoch in zip(counts, epochs, strict=True):
+        epochs_begun = -(-bad.seen * processes // epoch)
+        if bad.bad > max_bad_share * epoch * epochs_begun:
+            raise _too_many(bad, epoch, max_bad_share)
+
+
+def _too_many(bad: BadRecords, epoch: int, max_bad_share: float) -> ZooError:
+    return ZooError(
+        f"{bad}\nThat is more than max_bad_share={max_bad_share:g} allows of {epoch}: mend or "
+        "remove them, or raise it"
+    )
 
 
 class Asked(NamedTuple):
@@ -361,14 +432,22 @@ class _Row(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """What became of a record, and which source it is from."""
+    """What became of a record.
+
+    Attributes:
+      source: which it is from.
+      example: what was made of it, or of the one that stands in for it; None if there is none.
+      bad: what is wrong with it; where there is no example, also with those that were tried.
+    """
 
     source: int
-    example: Arrays | Bad
+    example: Arrays | None
+    bad: tuple[Bad, ...] = ()
 
 
 class _Process:
-    """Reads one record and turns it into an example, or into `Bad` with the record's name.
+    """Reads one record and turns it into an example. Where that fails, others of its source are
+    tried in its place, until it is certain that too many of them are bad.
 
     Examples are kept as long as there is room for `keep_mib` of them. In a worker process the
     sources are opened anew: files and indexes do not travel.
@@ -393,15 +472,29 @@ class _Process:
         self._begin()
 
     def __call__(self, place: Place) -> _Read:
+        example = self._example(place)
+        if not isinstance(example, Bad):
+            return _Read(place.source, example)
+        bad = [example]
+        length = len(self._sources()[place.source])
+        most = int(self._pipeline.max_bad_share * length)
+        for other in itertools.islice(others(place, length), most):
+            example = self._example(other)
+            if not isinstance(example, Bad):
+                return _Read(place.source, example, (bad[0],))
+            bad.append(example)
+        return _Read(place.source, None, tuple(bad))
+
+    def _example(self, place: Place) -> Arrays | Bad:
         if (kept := self._kept.get(place)) is not None:
-            return _Read(place.source, kept)
+            return kept
         example = self._made(place)
         if not isinstance(example, Bad):  # threads may overdraw the room by an example each
             size = sum(array.nbytes for array in example.values())
             if size <= self._room:
                 self._room -= size
                 self._kept[place] = example
-        return _Read(place.source, example)
+        return example
 
     def _made(self, place: Place) -> Arrays | Bad:
         try:
@@ -409,7 +502,7 @@ class _Process:
         except ZooError as error:
             return Bad(str(error))
         try:
-            return self._pipeline.processor.encode(record)
+            return encoded(self._pipeline.processor, record)
         except ZooError as error:
             return Bad(f"{record['id']}: {error}")
 

@@ -246,8 +246,20 @@ class LlavaJson(DataConfig):
         """The questions and answers of all records that are well-formed."""
         for index, entry in enumerate(self._entries()):
             with contextlib.suppress(ZooError):  # a bad record is reported when it is read
-                for turn in _turns(entry, f"{self.json}: record {index}"):
+                for turn in self.record(entry, f"{self.json}: record {index}")["conversations"]:
                     yield from turn
+
+    def record(self, entry: Any, name: str) -> dict[str, Any]:
+        """The record of an entry of the file, which errors call `name`."""
+        pairs = _turns(entry, name)
+        paths = [os.path.join(self.images, image) for image in _image_names(entry, name)]
+        return {
+            "id": f"{name} (id {entry.get('id')!r})",
+            "image": tuple(paths) if len(paths) > 1 else paths[0] if paths else None,
+            "conversations": pairs,
+            "kinds": ("",) * len(pairs),
+            "independent": False,
+        }
 
     def _entries(self) -> list[Any]:
         try:
@@ -275,17 +287,7 @@ class _LlavaSource:
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         number = self._chosen[index]
-        entry = self._entries[number]
-        name = f"{self._config.json}: record {number}"
-        pairs = _turns(entry, name)
-        paths = [os.path.join(self._config.images, image) for image in _image_names(entry, name)]
-        return {
-            "id": f"{name} (id {entry.get('id')!r})",
-            "image": tuple(paths) if len(paths) > 1 else paths[0] if paths else None,
-            "conversations": pairs,
-            "kinds": ("",) * len(pairs),
-            "independent": False,
-        }
+        return self._config.record(self._entries[number], f"{self._config.json}: record {number}")
 
 
 @functools.lru_cache(maxsize=4)

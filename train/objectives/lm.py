@@ -1,6 +1,6 @@
 """Next-token prediction, with elastic numbers of vision tokens where the model has them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,19 @@ from flax import struct
 
 from zoo.models.core.errors import UsageError
 from zoo.models.core.types import IGNORE, Array, Batch, Output
-from zoo.train.objectives.base import Mean, Means, Objective, Variant
+from zoo.train.objectives.base import (
+    Carried,
+    Mean,
+    Means,
+    Objective,
+    Variables,
+    Variant,
+    applied,
+)
+from zoo.train.objectives.chunks import chunk_of, in_chunks
 
 _DRAWN = "drawn"
 """The variant of a step that draws its budget from its key, which is the same on every host."""
-
-WHOLE_LOGITS = 1 << 23
-"""The most logits of one example, tokens x vocabulary, that are computed at once by default."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +70,24 @@ class NextToken(Objective):
         return self.budgets[np.random.default_rng((seed, step)).integers(len(self.budgets))]
 
     def loss(
-        self, model: nn.Module, params: Any, batch: Batch, key: Array, variant: Variant
-    ) -> tuple[Means, Means]:
+        self,
+        model: nn.Module,
+        variables: Variables,
+        aux: Mapping[str, Any],
+        batch: Batch,
+        key: Array,
+        variant: Variant,
+        *,
+        train: bool = True,
+    ) -> tuple[Means, Means, Carried]:
         """Cross-entropy in nats, and `accuracy`: how often the label is the likeliest token."""
         budget: dict[str, Any] = {} if variant is None else {"budget": variant}
         if variant == _DRAWN:
             budget["budget"] = jax.random.choice(key, jnp.asarray(self.budgets))
-        out = model.apply({"params": params}, batch, **budget)
+        out, carried = applied(model, variables, batch, train=train, key=key, **budget)
 
         def head(hidden: Array) -> Array:
-            return model.apply({"params": params}, hidden, method="head")
+            return model.apply(variables, hidden, method="head")
 
         label = out.tokens.tags["label"]  # [B, L], that of the next token
         sums = _sums(head, out.hidden, label, self.chunk)
@@ -81,10 +95,8 @@ class NextToken(Objective):
         terms = {"loss": Mean(sums.cross_entropy, weight)}
         if self.z_loss:
             terms["z_loss"] = Mean(self.z_loss * sums.squared_normaliser, weight)
-        rows = jnp.float32(label.shape[0])
-        reported = _reported(out)
-        terms |= {name: Mean(value * rows, rows) for name, value in reported.items()}
-        return terms, {"accuracy": Mean(sums.right, weight)}
+        terms |= reported(out)
+        return terms, {"accuracy": Mean(sums.right, weight)}, carried
 
 
 @struct.dataclass
@@ -94,16 +106,6 @@ class _Sums:
     cross_entropy: Array
     squared_normaliser: Array
     right: Array
-
-
-def _reported(out: Output) -> dict[str, Array]:
-    """The losses that the layers report, summed over them."""
-    found: dict[str, Array] = {}
-    for aux in out.aux:
-        for name, value in aux.items():
-            if name.endswith("_loss"):
-                found[name] = found.get(name, 0) + value.astype(jnp.float32)
-    return found
 
 
 def _sums(head: Callable[[Array], Array], hidden: Array, label: Array, chunk: int | None) -> _Sums:
@@ -122,23 +124,41 @@ def _sums(head: Callable[[Array], Array], hidden: Array, label: Array, chunk: in
             right.sum(dtype=jnp.float32),
         )
 
-    length = hidden.shape[1]
-    if chunk is None:
-        vocabulary = jax.eval_shape(head, hidden[:, :1]).shape[-1]
-        chunk = max(1, WHOLE_LOGITS // vocabulary)
-    if chunk >= length:
-        return of(hidden, label)
+    chunk = chunk_of(head, hidden, chunk)
+    return in_chunks(of, (hidden, label), (0, IGNORE), chunk)
 
-    count = -(-length // chunk)
-    surplus = count * chunk - length
 
-    def cut(x: Array, filler: int) -> Array:
-        x = jnp.pad(x, [(0, surplus * (i == 1)) for i in range(x.ndim)], constant_values=filler)
-        x = x.reshape(x.shape[0], count, chunk, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 0)  # [count, B, chunk, ...]
+def sequence_logps(
+    head: Callable[[Array], Array], hidden: Array, label: Array, chunk: int | None = None
+) -> tuple[Array, Array]:
+    """Log-probabilities of the labels of each row, summed, and how many there are.
 
-    def add(sums: _Sums, part: tuple[Array, Array]) -> tuple[_Sums, None]:
-        return jax.tree.map(jnp.add, sums, jax.checkpoint(of)(*part)), None
+    Args:
+      head: hidden states to logits.
+      hidden: [B, L, D].
+      label: [B, L], `IGNORE` where there is none.
+      chunk: as in `NextToken`.
 
-    nothing = _Sums(*(jnp.float32(0) for _ in range(3)))
-    return jax.lax.scan(add, nothing, (cut(hidden, 0), cut(label, IGNORE)))[0]
+    Returns:
+      float32 [B] each.
+    """
+
+    def of(hidden: Array, label: Array) -> tuple[Array, Array]:
+        learned = label != IGNORE
+        safe = jnp.where(learned, label, 0)
+        each = -optax.softmax_cross_entropy_with_integer_labels(head(hidden), safe)
+        return jnp.where(learned, each, 0).sum(1), learned.sum(1, dtype=jnp.float32)
+
+    chunk = chunk_of(head, hidden, chunk)
+    return in_chunks(of, (hidden, label), (0, IGNORE), chunk)
+
+
+def reported(out: Output) -> dict[str, Mean]:
+    """The losses that the layers report, summed over them, as terms of the loss."""
+    found: dict[str, Array] = {}
+    for aux in out.aux:
+        for name, value in aux.items():
+            if name.endswith("_loss"):
+                found[name] = found.get(name, 0) + value.astype(jnp.float32)
+    rows = jnp.float32(out.hidden.shape[0])
+    return {name: Mean(value * rows, rows) for name, value in found.items()}

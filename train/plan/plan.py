@@ -15,6 +15,7 @@ from zoo.costing import program_flops
 from zoo.models.core.config import with_field
 from zoo.train.config import Experiment
 from zoo.train.mesh import batch_sharding, check_batch_size, make_mesh
+from zoo.train.objectives import Variant
 from zoo.train.plan.collectives import Traffic, by_kind, traffic
 from zoo.train.plan.topology import Chip, Topology, topology
 from zoo.train.setup import Setup
@@ -84,7 +85,9 @@ def plan(experiment: Experiment, where: str | Topology) -> Plan:
     useful = flops if lean == experiment else program_flops(traced_step(lean, mesh)[1].jaxpr)
 
     kept = {
-        "params": _bytes_per_device((state.params, state.frozen, state.average)),
+        "params": _bytes_per_device(
+            (state.params, state.frozen, state.average, state.stats, state.aux, state.fixed)
+        ),
         "optimizer": _bytes_per_device(state.opt_state),
     }
     sizes = dict(mesh.shape)
@@ -118,8 +121,13 @@ def plan(experiment: Experiment, where: str | Topology) -> Plan:
     )
 
 
-def traced_step(experiment: Experiment, mesh: Mesh) -> tuple[Any, Any]:
+def traced_step(experiment: Experiment, mesh: Mesh, variant: Variant = None) -> tuple[Any, Any]:
     """The shapes of the state, and the traced step, as `zoo.train.loop.train` makes them."""
+    with experiment.mesh.ruled():
+        return _traced_step(experiment, mesh, variant)
+
+
+def _traced_step(experiment: Experiment, mesh: Mesh, variant: Variant) -> tuple[Any, Any]:
     setup = Setup.of(experiment)
     state = setup.state(mesh)
     step = setup.train_step(state)
@@ -130,7 +138,7 @@ def traced_step(experiment: Experiment, mesh: Mesh) -> tuple[Any, Any]:
     }
     # Not `set_mesh`, with which JAX would also compute on these devices.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return state, step.trace(state, batch, None)
+        return state, step.trace(state, batch, variant)
 
 
 def _compiled(lowered: Any, platform: str) -> tuple[Any, str]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from zoo.models.core.codec import diff, encode
 from zoo.models.core.config import with_field
@@ -57,15 +57,8 @@ def candidates(experiment: Experiment, devices: int) -> list[Experiment]:
             ways = math.gcd(batch, devices // tensor)
             mesh = MeshConfig(data=1, fsdp=ways, tensor=devices // ways)
             found.append(replace(found[-1], mesh=mesh, accumulate=batch // ways))
-    sized = {repr(replace(each, mesh=_in_full(each.mesh, devices))): each for each in found}
+    sized = {repr(replace(each, mesh=each.mesh.over(devices))): each for each in found}
     return list(sized.values())[1:]  # the first is what there is
-
-
-def _in_full(mesh: MeshConfig, devices: int) -> MeshConfig:
-    """The mesh with the size that -1 stands for."""
-    sizes = asdict(mesh)
-    rest = devices // math.prod(size for size in sizes.values() if size != -1)
-    return MeshConfig(**{axis: rest if size == -1 else size for axis, size in sizes.items()})
 
 
 def flags(old: Experiment, new: Experiment) -> str:

@@ -70,7 +70,7 @@ def export(source: str | Path, destination: str | Path) -> Exported:
     try:
         shutil.copytree(source / SOURCE, work)
         shards = plan_shards(entries)
-        _write_shards(work, shards, entries, _tensors(table, params, entries))
+        write_shards(work, shards, entries, _tensors(table, params, entries))
         reach_the_disk(work)
         if destination.exists():
             destination.rmdir()  # it is empty
@@ -83,7 +83,7 @@ def export(source: str | Path, destination: str | Path) -> Exported:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Exported(
-        str(destination), len(entries), sum(map(_nbytes, entries.values())), tuple(shards)
+        str(destination), len(entries), sum(map(nbytes, entries.values())), tuple(shards)
     )
 
 
@@ -92,7 +92,7 @@ def plan_shards(entries: Entries) -> dict[str, list[str]]:
     groups: list[list[str]] = [[]]
     size = 0
     for name in sorted(entries):
-        need = _nbytes(entries[name])
+        need = nbytes(entries[name])
         if size + need > SHARD_BYTES and groups[-1]:
             groups.append([])
             size = 0
@@ -126,7 +126,7 @@ def _tensors(
                 yield name, exact
 
 
-def _write_shards(
+def write_shards(
     folder: Path,
     shards: Mapping[str, list[str]],
     entries: Entries,
@@ -147,12 +147,13 @@ def _write_shards(
             out.seek(start)
             out.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     if len(shards) > 1:
-        size = sum(map(_nbytes, entries.values()))
+        size = sum(map(nbytes, entries.values()))
         home = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(home.items()))}
         text = json.dumps(index, indent=2) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, "utf-8")
 
 
-def _nbytes(entry: Mapping[str, Any]) -> int:
+def nbytes(entry: Mapping[str, Any]) -> int:
+    """Of a tensor."""
     return math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize

@@ -14,7 +14,7 @@ from zoo.models.core.config import ModelConfig
 from zoo.models.core.errors import UsageError
 from zoo.models.core.keytable import Piece
 from zoo.models.core.names import tree_shardings
-from zoo.models.core.tree import flatten_dict, unflatten_dict
+from zoo.models.core.tree import flat_paths, nested
 
 FLOATS = ("float32", "bfloat16", "float16")
 """Names of the dtypes that parameters can be loaded in."""
@@ -52,16 +52,6 @@ def shardings_of(boxed: Any, mesh: Mesh | None) -> dict[str, Sharding]:
         one = SingleDeviceSharding(jnp.zeros(()).device)
         return dict.fromkeys(flat_paths(nn.unbox(boxed)), one)
     return flat_paths(tree_shardings(boxed, mesh))
-
-
-def flat_paths(params: Mapping[str, Any]) -> dict[str, Any]:
-    """{"decoder/stack/layers/q/kernel": leaf} of a nested tree."""
-    return {"/".join(path): leaf for path, leaf in flatten_dict(dict(params)).items()}
-
-
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flat_paths`."""
-    return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in flat.items()})
 
 
 def place(

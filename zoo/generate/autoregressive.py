@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -21,8 +21,7 @@ class Reader:
     """Reads prompts and tokens and says what may come next: one model, one cache.
 
     The loop knows nothing else of a model. Whatever decodes from several readings of one answer
-    (with and without the picture, say) is another class with these methods: its cache holds theirs,
-    and it combines their logits.
+    (with and without the picture, say) is `zoo.generate.branches.Combined`.
 
     Attributes:
       model: a `LanguageModel`.
@@ -65,6 +64,14 @@ class Reader:
 
     def _call(self, method: str, params: Any, *args: Any, **options: Any) -> Any:
         return self.model.apply({"params": params}, *args, method=method, **options)
+
+
+class Decoding(Protocol):
+    """A way to decode: from the reader of a model to the one that answers are written with."""
+
+    def __call__(self, reader: Reader) -> Reader:
+        """Raises UsageError for a model that it does not suit."""
+        ...
 
 
 def reading(model: nn.Module, budget: int | Array | None) -> tuple[Reader, Array | None]:
@@ -151,7 +158,7 @@ class Answers:
         prompts = padded({name: array for name, array in batch.items() if name != "labels"})
         self._knobs = (sampling or Sampling()).knobs(len(prompts["ids"]))
         self._reader, self._params = reader, params
-        _check_context(reader, params, prompts, budget, max_new_tokens)
+        check_context(reader, params, prompts, budget, max_new_tokens)
         # The last token is never read back, so the cache needs no room for it.
         room = text_length(max_new_tokens) - 1
         self._state = _start(reader, params, prompts, budget, self._knobs, self._eos, room)
@@ -210,7 +217,7 @@ def padded(batch: Batch) -> dict[str, Any]:
     return found
 
 
-def _check_context(
+def check_context(
     reader: Reader, params: Any, prompts: Batch, budget: Array | None, more: int
 ) -> None:
     """Raise UsageError if a prompt and `more` tokens do not fit into the context."""

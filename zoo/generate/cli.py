@@ -26,6 +26,10 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--max-new-tokens is {args.max_new_tokens}: want 1 or more")
     if args.stream and args.json:
         raise UsageError("--stream and --json: want one of them; an object is printed at once")
+    if args.agent is not None and (args.stream or args.system is not None):
+        raise UsageError(
+            "--agent asks the model several questions: leave --stream and --system out"
+        )
 
     from zoo.cache import keep_compiled_programs  # after the flags: JAX takes a second to import
     from zoo.generate.sampling import Sampling
@@ -47,7 +51,10 @@ def main(argv: Sequence[str]) -> int:
     if args.stream:
         _stream(loaded, images, args.prompt, options)
         return 0
-    answer = loaded.generate(images, args.prompt, **options)
+    if args.agent is None:
+        answer = loaded.generate(images, args.prompt, **options)
+    else:
+        answer = _with_agent(loaded, args.agent, args.image, args.prompt, options)
     if args.json:
         facts = {"model": args.model, "images": args.image, "system": args.system}
         facts |= {"prompt": args.prompt, "answer": answer, "budget": args.budget}
@@ -55,6 +62,23 @@ def main(argv: Sequence[str]) -> int:
     else:
         print(answer)
     return 0
+
+
+def _with_agent(
+    loaded: "Loaded", name: str, images: Sequence[str], prompt: str, options: dict[str, Any]
+) -> str:
+    """What a model answers with an agent around it."""
+    from zoo.evaluate.model import ModelSubject
+    from zoo.evaluate.subject import Agent, Query
+    from zoo.models.core.registry import create
+
+    agent = create(name)
+    if not isinstance(agent, Agent):
+        raise UsageError(f"--agent {name}: no agent; see `zoo list --kind agent-inference`")
+    del options["system"]
+    subject = agent.wrap(ModelSubject(loaded, budget=options.pop("budget")))
+    [answer] = subject.generate([Query(prompt, tuple(images))], **options)
+    return answer
 
 
 def _stream(loaded: "Loaded", images: Any, prompt: str, options: dict[str, Any]) -> None:
@@ -95,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="TEXT",
         help="cut the answer off where this begins; may be given several times",
+    )
+    parser.add_argument(
+        "--agent", metavar="NAME", help="what stands around the model: damro, dc2, zoomeye, ..."
     )
     sampling = parser.add_argument_group("choice of tokens", "by default the most likely ones")
     sampling.add_argument(

@@ -1,0 +1,1 @@
+"""Agents: what stands around a model and asks it several questions to answer one."""
