@@ -49,6 +49,7 @@ import tests.live.reference  # declares what a torchvision for the CPU lacks
     "03_matryoshka_budgets.ipynb": PLAIN + FEW,
     "04_mixture_of_depths.ipynb": FEW,
     "05_deepstack.ipynb": FEW,
+    "08_token_reduction.ipynb": FEW + 'METHODS, KEEP = ("random", "fastv"), (4,)\n',
     "07_vision_backbones.ipynb": """
 NAMES, LOOK, SECONDS = ("swin_tiny", "inceptionnext_tiny"), "swin_tiny", 0.01
 SIZES = {"img_size": 16, "patch_size": 2, "embed_dim": 8, "depths": (2, 1), "num_heads": (2, 4)}
@@ -69,6 +70,7 @@ PICTURES = {
     "04_mixture_of_depths.ipynb": [True, True],
     "05_deepstack.ipynb": [True, True, True],
     "07_vision_backbones.ipynb": [True, True],
+    "08_token_reduction.ipynb": [True, True, False, True],
 }
 """Of the pictures that each shows, whether they are wide."""
 

@@ -252,7 +252,7 @@ def lost_processes() -> Iterator[None]:
     """Turn what JAX raises when another process is gone into one clear ZooError."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # of JAX; which of them depends on where it waits
         if (problem := lost(error)) is None:
             raise
         raise problem from error

@@ -34,6 +34,8 @@ A *batch* is a flat mapping of reserved names to arrays; a model reads those tha
     labels     [B, T] int32, aligned with `ids`; `IGNORE` where nothing is learned
     text_mask  [B, T] bool, False on padding
     guide      [B, T] bool, the text by which methods choose vision tokens. Absent: all of it
+    guide_vector [B, P] float32, this text as the text tower of a dual encoder has it, for methods
+               that compare it with patches in the space of that
     segments   [B, T] int32: 0 is seen by all that comes after it, every other number only by its
                own kind, so that several questions about one picture stand side by side without
                seeing each other. A row of several examples has `EXAMPLE` numbers for each of them:
@@ -132,11 +134,13 @@ class Stream:
 
     `slots` is static: the number of image slots in every row, which is 0 in decoding and for text
     only, where every vision policy is the identity.
+    `whole` is how many there were before policies dropped some for good, 0 where none did.
     """
 
     hidden: Array  # [B, L, D]
     tokens: Tokens
     slots: int = struct.field(pytree_node=False, default=0)
+    whole: int = struct.field(pytree_node=False, default=0)
 
 
 @struct.dataclass

@@ -182,7 +182,9 @@ class MBConv(nn.Module):
 
 
 class ConvFoot(nn.Module):
-    """Pixels [B, 16 h, 16 w, C] to tokens [B, h w, D]: a stem, two stages, a strided convolution."""
+    """A stem, two stages and a strided convolution: pixels [B, 16 h, 16 w, C] to tokens
+    [B, h w, D].
+    """
 
     config: ViTaminConfig
 
@@ -202,7 +204,7 @@ class ConvFoot(nn.Module):
         self.out = Conv(c.width, 3, 2)
 
     def grids(self, pixels: Array) -> tuple[Array, ...]:
-        """What the stem and each stage make: [B, 8 h, 8 w, C], [B, 4 h, 4 w, C], [B, 2 h, 2 w, C]."""
+        """What the stem and each stage make, at halves, quarters and eighths of the sides."""
         x = self.stem_out(ACTIVATIONS["gelu"](self.stem_norm(self.stem(pixels))))
         found = [x]
         for first, rest in zip(self.first, self.rest, strict=True):
@@ -309,7 +311,7 @@ VARIANTS = {
     "vitamin_l": _classes(ViTaminConfig(), 768),
     **{f"vitamin_l.{side}": _classes(ViTaminConfig(image_size=side), 768) for side in (256, 336)},
     "vitamin_l.384": _classes(ViTaminConfig(image_size=384), 768),
-    "vitamin_s": _classes(ViTaminConfig(**_SMALL), 1000),
+    "vitamin_s": _classes(ViTaminConfig(**_SMALL), 768),
     "vitamin_b": _classes(ViTaminConfig(**_BASE), 768),
     "vitamin_xl.256": _classes(ViTaminConfig(**_XLARGE, image_size=256), 1152),
     "vitamin_xl.336": _classes(ViTaminConfig(**_XLARGE, image_size=336), 1152),

@@ -22,7 +22,7 @@ DIVIDE = DivideWording(
 def subject(tmp_path_factory):
     config = zoo.config("llava_tiny")
     shapes = jax.eval_shape(config.build().init, jax.random.key(0), config.inputs(1))["params"]
-    processor = Processor(ImageProcessor(16), Tokenizer.train(["Yes", "No", "cat"], 300), 320)
+    processor = Processor(ImageProcessor(16), Tokenizer.train(["Yes", "No", "cat"], 300), 100)
     folder = tmp_path_factory.mktemp("x")
     loaded = Loaded(folder, config, config.build(), draw(shapes), processor, {})
     return ModelSubject(loaded, batch_size=4)
@@ -31,7 +31,8 @@ def subject(tmp_path_factory):
 def test_agents_ask_a_model(subject):
     """The random model answers nonsense, so that only calls and their forms are tested."""
     picture = np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8)
-    zoomeye = zoo.create("zoomeye_tiny", wording=SEARCH, max_cues=1).wrap(subject)
+    settings = {"wording": SEARCH, "max_cues": 1, "max_new_tokens": 4}
+    zoomeye = zoo.create("zoomeye_tiny", **settings).wrap(subject)
     boxes = zoomeye.search(picture, "cat")
     assert len(zoomeye.trace) == 1 and len(boxes) <= 1
     assert zoomeye.subject.asked > 1

@@ -149,6 +149,8 @@ def test_bad_input(picture):
         ZoomEye(parts=5)
     with pytest.raises(ValueError, match="regions of at least 16"):
         ZoomEye(resolution=4)
+    with pytest.raises(ValueError, match="max_cues = 0"):
+        ZoomEye(max_cues=0)
     with pytest.raises(ValueError, match="numbers above 0"):
         Search(steps=())
     with pytest.raises(ValueError, match="from 1 on"):

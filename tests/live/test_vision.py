@@ -16,8 +16,10 @@ from zoo.models.core import registry
 from zoo.models.core.config import ModelConfig
 from zoo.models.core.keytable import Table
 from zoo.models.parts.assemblies.classifier import ClassifierConfig
+from zoo.models.parts.towers.fastvit import FastViTConfig
 from zoo.models.parts.towers.swin import SwinConfig
 from zoo.models.vision import crossvit, inceptionnext, swin, vitamin
+from zoo.models.vlm import fastvlm
 
 Tables = Callable[[Any], Table]
 
@@ -31,6 +33,8 @@ class Tiny(NamedTuple):
       config: ours.
       table: timm's keys.
       shape: height and width of the images; None for those that the configuration names.
+      noise: gradients below this share of the largest are not compared. Depthwise kernels of a
+        single place before a norm have none in training but for the norm's epsilon.
     """
 
     original: str
@@ -38,6 +42,7 @@ class Tiny(NamedTuple):
     config: ModelConfig
     table: Tables
     shape: tuple[int, int] | None = None
+    noise: float = 1e-4
 
 
 SWIN = {"img_size": 40, "patch_size": 2, "embed_dim": 8, "depths": (3, 2), "num_heads": (2, 4)}
@@ -123,6 +128,28 @@ CASES = {
         vitamin.table,
         (48, 32),
     ),
+    "fastvlm": Tiny(
+        "fastvit_mci3",
+        {
+            "layers": (1, 1, 2, 1, 1),
+            "embed_dims": (8, 8, 16, 32, 32),
+            "mlp_ratios": (2, 2, 2, 2, 2),
+        },
+        ClassifierConfig(
+            FastViTConfig(
+                image_size=64,
+                depths=(1, 1, 2, 1, 1),
+                widths=(8, 8, 16, 32, 32),
+                mlp_ratios=(2, 2, 2, 2, 2),
+                form="branches",
+            ),
+            "mean",
+            num_classes=5,
+        ),
+        fastvlm.timm_table,
+        (72, 130),
+        2e-3,
+    ),
 }
 
 # {timm's name: (ours, table)}
@@ -173,7 +200,11 @@ def meaningful(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def assert_same(
-    theirs: torch.nn.Module, config: ModelConfig, table: Table, shape: tuple[int, int]
+    theirs: torch.nn.Module,
+    config: ModelConfig,
+    table: Table,
+    shape: tuple[int, int],
+    noise: float = 1e-4,
 ) -> None:
     """Logits in evaluation and in training, gradients in both, statistics after a step of training,
     and the checkpoint there and back.
@@ -215,7 +246,7 @@ def assert_same(
             name: np.zeros(leaf.shape, np.float32) if leaf.grad is None else leaf.grad.numpy()
             for name, leaf in theirs.named_parameters()
         }
-        close_all(table.save(tree), want, what)
+        close_all(table.save(tree), want, what, noise)
         if has_stats and train:
             after = table.save({"params": loaded["params"], "stats": stats})
             for name, leaf in theirs.named_buffers():
@@ -223,9 +254,11 @@ def assert_same(
                     close(after[name], leaf, what=name)
 
 
-def close_all(got: Mapping[str, Any], want: Mapping[str, Any], what: str) -> None:
+def close_all(
+    got: Mapping[str, Any], want: Mapping[str, Any], what: str, noise: float = 1e-4
+) -> None:
     """As `close`, of gradients; those that are zero in exact arithmetic are noise."""
-    noise = 1e-4 * max(np.abs(leaf).max() for leaf in want.values())
+    noise *= max(np.abs(leaf).max() for leaf in want.values())
     for key in want:
         if np.abs(want[key]).max() > noise or np.abs(got[key]).max() > noise:
             close(got[key], want[key], 2e-4, what=f"gradient of {key} in {what}")
@@ -238,7 +271,8 @@ def test_the_same_as_timm(name):
         case.original, num_classes=5, drop_path_rate=0.0, pretrained=False, **case.sizes
     )
     side = case.config.inputs(1)["pixels"].shape[1:3]
-    assert_same(drawn(theirs), case.config, case.table(case.config), case.shape or side)
+    shape = case.shape or side
+    assert_same(drawn(theirs), case.config, case.table(case.config), shape, case.noise)
 
 
 @pytest.mark.parametrize("original", SIZES)

@@ -1,5 +1,6 @@
 """ViTamin: a foot of convolutions, the mean as the class token, dual encoders."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,7 +71,7 @@ def test_sizes_of_dual_encoders(name, millions):
 
 def test_keys_of_dual_encoders():
     """The layout of OpenCLIP, there and back."""
-    shapes = jax.eval_shape(TINY.build().init, jax.random.key(0), TINY.inputs(1))
+    shapes = nn.unbox(jax.eval_shape(TINY.build().init, jax.random.key(0), TINY.inputs(1)))
     params = draw(shapes)["params"]
     state = table(TINY).save(params)
     assert state["text.transformer.resblocks.1.attn.in_proj_weight"].shape == (72, 24)
@@ -85,6 +86,6 @@ def test_wrong_sizes():
         ViTaminConfig(patch_size=14)
     with pytest.raises(ValueError, match="multiple"):
         ViTaminConfig(image_size=230)
+    bad = {"pixels": np.zeros((1, 40, 40, 3), np.float32)}
     with pytest.raises(ValueError, match="both sides multiples of 16"):
-        bad = {"pixels": np.zeros((1, 40, 40, 3), np.float32)}
         registry.create("vitamin_tiny").init(jax.random.key(0), bad)

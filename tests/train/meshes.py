@@ -15,8 +15,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tests.train.tiny import TinyConfig, TinyData, tiny, tiny_recipe
+from tests.train.tiny import TinyConfig, TinyData, find_here, tiny, tiny_recipe
 from zoo.models.base.llava import VARIANTS
+from zoo.models.core import codec
 from zoo.models.core.errors import ZooError
 from zoo.train.mesh import ALONG_SEQUENCE, MeshConfig
 from zoo.train.metrics import read_metrics
@@ -151,6 +152,7 @@ def main(out, settings, job):
     with one_of_several():
         for name, changes in settings.items():
             if name == "recipe":
+                codec._find = find_here  # the second stage reads what the first has saved
                 recipe = tiny_recipe(mesh=MeshConfig(**changes["mesh"]))
                 train_recipe(recipe, Path(out) / name)
                 continue

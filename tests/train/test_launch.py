@@ -296,7 +296,7 @@ def test_every_command_of_the_page_is_understood(repo, tmp_path, monkeypatch):
     found = re.findall(r"(?:zoo|scripts/tpu) (train [^'\n]+)", code)
     for line in found:
         assert main(shlex.split(re.sub(r"\$OMPI_\w+", "1", line))) == 0, line
-    assert len(found) == 8
+    assert len(found) == 9
     assert [given for given in joined if given != (None,) * 3] == [
         ("host0:8476", 1, 1), ("10.0.0.1:8476", 2, 0), ("10.0.0.1:8476", 2, 1)
     ]  # fmt: skip

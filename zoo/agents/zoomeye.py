@@ -201,11 +201,12 @@ class ZoomEye(Agent):
       side_limit: where two regions lie farther apart, in pixels, they are shown as two blocks
         (without `beside`).
       max_cues: things that are searched for, at most; what a model names beyond is left out.
+      max_new_tokens: of the answer that names these things.
       colour: of the margins of pictures that are no squares, and of blocks.
       wording: the prompts.
 
     Raises:
-      ValueError: `resolution` or `parts` with which no tree can be made.
+      ValueError: `resolution` or `parts` with which no tree can be made, or a bound below 1.
     """
 
     search: Search = Search()
@@ -215,11 +216,17 @@ class ZoomEye(Agent):
     beside: bool = False
     side_limit: int = 1000
     max_cues: int = 8
+    max_new_tokens: int = 256
     colour: tuple[int, int, int] = (122, 116, 104)
     wording: SearchWording = SearchWording()
 
     def __post_init__(self) -> None:
         crops.region_tree((1, 1), smallest=self.resolution, parts=self.parts)
+        if min(self.max_cues, self.max_new_tokens) < 1:
+            raise ValueError(
+                f"max_cues = {self.max_cues}, max_new_tokens = {self.max_new_tokens}: want 1 or "
+                "more of both"
+            )
 
     def wrap(self, subject: Subject) -> "ZoomEyeSubject":
         """The subject, shown what it needs to see of a picture."""
@@ -294,12 +301,13 @@ class ZoomEyeSubject(Prepared):
         """The regions of a picture that a question is about; none for the whole picture."""
         agent, wording = self.agent, self.agent.wording
         tree = crops.region_tree(picture.shape[:2], smallest=agent.resolution, parts=agent.parts)
-        [said] = self.subject.generate([Query(wording.to_cues.format(question))])
+        asked = Query(wording.to_cues.format(question))
+        [said] = self.subject.generate([asked], max_new_tokens=agent.max_new_tokens)
         wanted = cues(said, wording.lead)[: agent.max_cues]
         single = [cue for cue in wanted if not cue.startswith("all ")]
         if agent.beside and len(wanted) > 1 and single:
-            asked = [wording.ask("answering", wording.decomposed.format(cue)) for cue in single]
-            known = self._confidence([self._shown(picture, [], ask) for ask in asked])
+            about = [wording.ask("answering", wording.decomposed.format(cue)) for cue in single]
+            known = self._confidence([self._shown(picture, [], ask) for ask in about])
             if max(known) >= agent.search.enough:
                 return []
         alone = len(wanted) == 1 and bool(single)

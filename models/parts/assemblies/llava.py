@@ -218,6 +218,8 @@ class LlavaConfig(ModelConfig):
             batch["layout"] = jax.ShapeDtypeStruct((batch_size, self.all_slots), jnp.int32)
             if self.reducing:
                 batch["tiles"] = jax.ShapeDtypeStruct((batch_size, 1, 3), jnp.int32)
+        if self.reducing and self.reducer is not None:
+            batch.update(self.reducer.inputs(batch_size))
         return batch
 
 

@@ -67,16 +67,20 @@ class BatchNorm(nn.Module):
       eps: added to the variance.
       momentum: how far the running statistics move, the share of the new (torch's convention; that
         of Flax is 1 less it).
+      affine: whether there are a scale and a bias.
+      start: the first value of the scale.
     """
 
     eps: float = 1e-5
     momentum: float = 0.1
+    affine: bool = True
+    start: float = 1.0
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """[B, ..., C] to the same shape."""
         width = x.shape[-1]
-        scale, bias = _scale_and_bias(self, width)
+        scale, bias = _scale_and_bias(self, width, self.start) if self.affine else (1.0, 0.0)
         mean = self.variable("stats", "mean", jnp.zeros, (width,), jnp.float32)
         var = self.variable("stats", "var", jnp.ones, (width,), jnp.float32)
         if not train:
@@ -145,9 +149,9 @@ def make_grid_norm(kind: GridNorm, eps: float) -> nn.Module:
     return {"batch": BatchNorm, "layer": LayerNorm, "instance": InstanceNorm}[kind](eps)
 
 
-def _scale_and_bias(module: nn.Module, width: int) -> tuple[Array, Array]:
-    """The parameters of a norm, [C] each, starting from 1 and 0."""
-    ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+def _scale_and_bias(module: nn.Module, width: int, start: float = 1.0) -> tuple[Array, Array]:
+    """The parameters of a norm, [C] each, starting from `start` and 0."""
+    ones = nn.with_logical_partitioning(nn.initializers.constant(start), ("norm",))
     zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
     return module.param("scale", ones, (width,)), module.param("bias", zeros, (width,))
 

@@ -132,7 +132,9 @@ def resize_bias(table: Array, old: Grid, new: Grid) -> Array:
     return resize_bicubic(table.reshape(*lead, a, b, heads), c, d).reshape(*lead, c * d, heads)
 
 
-def window_attention(q: Array, k: Array, v: Array, bias: Array, mask: Array | None = None) -> Array:
+def window_attention(
+    q: Array, k: Array, v: Array, bias: Array | float = 0.0, mask: Array | None = None
+) -> Array:
     """Attention within windows, softmax in float32.
 
     Args:

@@ -65,7 +65,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax import struct
 
-from zoo.models.core.types import Array, Features, TokenSet
+from zoo.models.core.types import Array, Batch, Features, TokenSet
 from zoo.models.parts.reduce.regroup import blended, squares
 
 Keep = int | float | tuple[int | float, ...]
@@ -102,11 +102,13 @@ class Text:
       ids: int32 [B, T].
       embedded: [B, T, D], as the decoder reads them.
       mask: bool [B, T], what guides a method: real tokens, no placeholders.
+      vector: float32 [B, P], the batch's `guide_vector`, where there is one.
     """
 
     ids: Array
     embedded: Array
     mask: Array
+    vector: Array | None = None
 
 
 @struct.dataclass
@@ -229,6 +231,11 @@ class Reducer:
         del tower, layer
         return Wants()
 
+    def inputs(self, batch_size: int) -> Batch:
+        """Shapes of what it reads of a batch besides pictures and text."""
+        del batch_size
+        return {}
+
     def reduce(self, seen: Seen, text: Text | None = None, *, keep: int) -> TokenSet:
         """What remains.
 
@@ -302,6 +309,20 @@ def num_kept(keep: Keep, tokens: int) -> int:
     if keep > tokens:
         raise ValueError(f"keep = {keep}: there are {tokens} tokens; want 1 to {tokens}")
     return keep
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How many remain of so many tokens, by a number or a share of them: as `num_kept` has it, but
+    for fewer tokens than that number all.
+    """
+
+    keep: Keep
+
+    def __call__(self, tokens: int) -> int:
+        if isinstance(self.keep, int):
+            return min(self.keep, tokens)
+        return num_kept(self.keep, tokens) if tokens else 0
 
 
 def schedule(keep: Keep, stages: int, tokens: int) -> tuple[int, ...]:

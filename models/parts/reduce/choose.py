@@ -38,12 +38,22 @@ def choose(seen: Seen, score: Array, keep: int, *, count: Array | None = None) -
         index = top(score, keep)
         return TokenSet(gather(seen.tokens, index), index=index)
     most = score.shape[-1] if seen.mask is None else seen.mask.sum(-1)
-    best = jax.lax.top_k(score, keep)[1]
     count = jnp.full(score.shape[:-1], keep) if count is None else count
-    there = jnp.arange(keep) < jnp.minimum(count, most)[..., None]  # [B, M, K]
-    order = jnp.argsort(jnp.where(there, best, score.shape[-1]), -1, stable=True)
+    return in_order(seen.tokens, jax.lax.top_k(score, keep)[1], jnp.minimum(count, most))
+
+
+def in_order(tokens: Array, best: Array, count: Array) -> TokenSet:
+    """The first `count` of the tokens `best`, put into the order in which they stand.
+
+    Args:
+      tokens: [B, M, N, D].
+      best: int [B, M, K], the best first.
+      count: int [B, M], at most K.
+    """
+    there = jnp.arange(best.shape[-1]) < count[..., None]  # [B, M, K]
+    order = jnp.argsort(jnp.where(there, best, tokens.shape[-2]), -1, stable=True)
     index, mask = (jnp.take_along_axis(x, order, -1) for x in (best, there))
-    return TokenSet(gather(seen.tokens, index), mask, index.astype(jnp.int32))
+    return TokenSet(gather(tokens, index), mask, index.astype(jnp.int32))
 
 
 def _choose_slots(seen: Seen, score: Array, keep: int, count: Array | None) -> TokenSet:

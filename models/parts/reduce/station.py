@@ -55,7 +55,7 @@ def text_of(batch: Batch, embedded: Array, image_id: int) -> Text:
     for name in ("text_mask", "guide"):
         if name in batch:
             mask &= batch[name]
-    return Text(ids, embedded, mask)
+    return Text(ids, embedded, mask, batch.get("guide_vector"))
 
 
 def seen_by(

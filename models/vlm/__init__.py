@@ -1,0 +1,1 @@
+"""Systems that are vision-language models."""

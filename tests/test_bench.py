@@ -1,0 +1,100 @@
+"""`zoo bench tokens` on a tiny model with random weights."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from zoo.bench import main, prompts, tokens
+from zoo.bench.plots import tokens_figure
+from zoo.models.core.errors import UsageError
+
+METHODS = ["random", "no_method", "fastv"]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return prompts.opened("llava_tiny")
+
+
+@pytest.fixture(scope="module")
+def asked(loaded):
+    return prompts.made_up(loaded, batch=2)
+
+
+@pytest.fixture(scope="module")
+def measured(loaded, asked, tmp_path_factory):
+    """Rows of some methods, and the folder that they were written to."""
+    out = tmp_path_factory.mktemp("bench")
+    rows = tokens.bench(loaded, asked, METHODS, [4, 1.0], out=out, runs=1, decode=1)
+    return rows, out
+
+
+def of(rows, method, keep):
+    return next(row for row in rows if (row["method"], row["keep"]) == (method, keep))
+
+
+def test_figures(measured):
+    rows, _ = measured
+    full, few = of(rows, "full", None), of(rows, "random", 4)
+    assert full["tokens_per_layer"] == [16, 16] and few["tokens_per_layer"] == [4, 4]
+    assert of(rows, "fastv", 4)["tokens_per_layer"] == [16, 4]
+    assert full["top1_agreement"] == 1 and full["kl"] == 0 and full["accuracy"] is None
+    assert few["prefill_flops"] < full["prefill_flops"] and few["kv_bytes"] < full["kv_bytes"]
+    assert few["kl"] > 0
+    for row in rows:
+        if not row["error"]:
+            assert row["ttft_s"] > 0 and row["tokens_per_s"] > 0 and row["peak_bytes"] > 0
+
+
+def test_keeping_all_is_the_full_model(measured):
+    rows, _ = measured
+    for method in ("random", "fastv"):
+        row = of(rows, method, 1.0)
+        assert row["top1_agreement"] == 1 and abs(row["kl"]) < 1e-6
+        assert row["prefill_flops"] == of(rows, "full", None)["prefill_flops"]
+
+
+def test_one_that_fails_stops_nothing(measured):
+    rows, out = measured
+    failed = of(rows, "no_method", 4)
+    assert "no_method" in failed["error"] and failed["kl"] is None
+    assert json.loads((out / "tokens.json").read_text())["rows"] == rows
+    with open(out / "tokens.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [row["method"] for row in table] == [row["method"] for row in rows]
+    assert tokens_figure(rows, title="tiny").get_axes()
+
+
+def test_what_is_there_is_not_measured_again(loaded, asked, measured, monkeypatch):
+    rows, out = measured
+    tried = []
+    monkeypatch.setattr(tokens, "_tried", lambda *args: tried.append(args[1:3]) or {"error": "no"})
+    monkeypatch.setattr(tokens, "_prefilled", lambda *args: (None, None))
+    again = tokens.bench(loaded, asked, METHODS, [4, 1.0], out=out, runs=1, decode=1)
+    assert tried == [("no_method", 4), ("no_method", 1.0)]
+    assert of(again, "random", 4) == of(rows, "random", 4)
+    with pytest.raises(UsageError, match="other settings"):
+        tokens.bench(loaded, asked, METHODS, [4], out=out, runs=1, decode=2)
+
+
+def test_answers_are_judged(loaded, monkeypatch):
+    said = ["one", "two", "two"]
+    monkeypatch.setattr(type(loaded), "answers", lambda *args, **options: said)
+    batch = prompts.Asked({}, np.array([True, True, False]), ("one", "three", "two"))
+    assert tokens._accuracy(loaded, [batch]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["speed"], "want zoo bench tokens"),
+        (["tokens", "--model", "llava_tiny", "--keep", "few"], "want numbers"),
+        (["tokens", "--model", "llava_tiny", "--methods", "fastvv"], "want all, or some of"),
+        (["tokens", "--model", "siglip_base_patch16_224"], "does not answer prompts"),
+    ],
+)
+def test_bad_input(argv, message):
+    with pytest.raises(UsageError, match=message):
+        main(argv)
