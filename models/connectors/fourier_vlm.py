@@ -78,6 +78,49 @@ def compress(tokens: Array, grid: Grid, kept: Grid, *, rescale: bool = False) ->
     return y.reshape(*tokens.shape[:-2], -1, tokens.shape[-1]).astype(tokens.dtype)
 
 
+def compress_by_fft(tokens: Array, grid: Grid, kept: Grid) -> Array:
+    """`compress` by fast transforms in the order of the official code, so that float32 is rounded
+    on the way as there; for comparison. Arguments and result as there.
+    """
+    x = tokens.astype(jnp.float32).reshape(*tokens.shape[:-2], *grid, tokens.shape[-1])
+    x = jnp.moveaxis(x, -1, -3)  # [..., D, H, W]
+    x = _transform(_transform(x).mT)[..., : kept[1], : kept[0]]  # [..., D, w, h]
+    x = _transform_back(_transform_back(x).mT)  # [..., D, h, w]
+    y = jnp.moveaxis(x, -3, -1)
+    return y.reshape(*tokens.shape[:-2], -1, tokens.shape[-1]).astype(tokens.dtype)
+
+
+def _transform(x: Array) -> Array:
+    """The orthonormal DCT-II along the last axis: an FFT of the even places, then the odd ones
+    backwards, turned by quarter steps.
+    """
+    size = x.shape[-1]
+    spectrum = jnp.fft.fft(jnp.concatenate([x[..., ::2], x[..., 1::2][..., ::-1]], -1))
+    turn = -jnp.arange(size, dtype=x.dtype) * math.pi / (2 * size)
+    y = spectrum.real * jnp.cos(turn) - spectrum.imag * jnp.sin(turn)
+    return 2 * (y / _lengths(size))
+
+
+def _transform_back(x: Array) -> Array:
+    """The inverse of `_transform`."""
+    size = x.shape[-1]
+    real = x / 2 * _lengths(size)
+    imaginary = -jnp.pad(real[..., :0:-1], [(0, 0)] * (x.ndim - 1) + [(1, 0)])
+    turn = jnp.arange(size, dtype=x.dtype) * math.pi / (2 * size)
+    cos, sin = jnp.cos(turn), jnp.sin(turn)
+    spectrum = jax.lax.complex(real * cos - imaginary * sin, real * sin + imaginary * cos)
+    y = jnp.fft.ifft(spectrum).real
+    half = size - size // 2
+    return (
+        jnp.zeros_like(y).at[..., ::2].set(y[..., :half]).at[..., 1::2].set(y[..., : half - 1 : -1])
+    )
+
+
+def _lengths(size: int) -> Array:
+    """Lengths of the cosines, twice over: float32 [size]."""
+    return jnp.asarray([2 * math.sqrt(size if k == 0 else size / 2) for k in range(size)])
+
+
 def cells(grid: Grid, kept: Grid) -> tuple[np.ndarray, np.ndarray]:
     """Which part of a grid each token of a smaller one stands for.
 

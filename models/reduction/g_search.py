@@ -15,6 +15,7 @@ Follows: arXiv:2412.00556, of which no code is published. The form of the sigmoi
 search and the score of a token are our reading.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -344,8 +345,9 @@ def maximise(
     """
     try:
         from scipy.stats import norm
+        from sklearn.exceptions import ConvergenceWarning
         from sklearn.gaussian_process import GaussianProcessRegressor
-        from sklearn.gaussian_process.kernels import RBF, WhiteKernel
+        from sklearn.gaussian_process.kernels import RBF
     except ImportError as error:
         raise UsageError(
             "Bayesian optimisation needs scikit-learn: pip install 'vlm-zoo[analysis]'"
@@ -353,10 +355,12 @@ def maximise(
     rng = np.random.default_rng(seed)
     points = [rng.random(axes) for _ in range(min(5, calls))]
     values = [value(point) for point in points]
-    kernel = RBF(0.3, (0.05, 2.0)) + WhiteKernel(1e-4, (1e-8, 1e-1))
     while len(points) < calls:
-        process = GaussianProcessRegressor(kernel, normalize_y=True, random_state=seed)
-        process.fit(np.stack(points), np.array(values))
+        kernel = RBF(0.3, (0.05, 2.0))
+        process = GaussianProcessRegressor(kernel, alpha=1e-5, normalize_y=True, random_state=seed)
+        with warnings.catch_warnings():  # a width at its bound will do
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            process.fit(np.stack(points), np.array(values))
         tried = rng.random((512, axes))
         mean, spread = process.predict(tried, return_std=True)
         gain = mean - max(values)

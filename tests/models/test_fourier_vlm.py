@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 import scipy.fft
 
-from zoo.models.connectors.fourier_vlm import FourierVLM, cells, compress, cosines
+from zoo.models.connectors.fourier_vlm import (
+    FourierVLM,
+    cells,
+    compress,
+    compress_by_fft,
+    cosines,
+)
 from zoo.models.core import registry
 from zoo.models.core.types import Features
 from zoo.models.parts.reduce.base import Seen
@@ -25,9 +31,19 @@ def test_products_are_the_transforms(grid, kept):
     want = scipy.fft.idctn(low, axes=(1, 2), norm="ortho").reshape(2, -1, x.shape[-1])
     got = np.asarray(compress(jnp.asarray(x), grid, kept))
     np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(compress_by_fft(jnp.asarray(x), grid, kept), want, atol=1e-5)
     energy = (got**2).sum()
     np.testing.assert_allclose(energy, (low**2).sum(), rtol=1e-5)
     assert energy <= (x**2).sum()
+
+
+def test_half_precision():
+    """The tokens' dtype comes back, and no bit is lost before that."""
+    x = jnp.asarray(drawn((6, 6)), jnp.bfloat16)
+    got = compress(x, (6, 6), (4, 4))
+    assert got.dtype == jnp.bfloat16
+    want = compress(x.astype(jnp.float32), (6, 6), (4, 4)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(got.astype(jnp.float32), want.astype(jnp.float32))
 
 
 def test_all_frequencies_are_the_tokens_themselves():

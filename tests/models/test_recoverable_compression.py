@@ -96,7 +96,7 @@ def test_clip_compares_patches_and_text():
     assert made.tokens.shape == (2, 1, 8, 8) and np.isfinite(made.tokens).all()
     kernel = params["params"]["image_projection"]["kernel"]
     projected = np.asarray(taps[:, :, 1:] @ kernel)
-    projected /= np.linalg.norm(projected, axis=-1, keepdims=True)
+    projected = projected / np.linalg.norm(projected, axis=-1, keepdims=True)
     vector = guided.vector / np.linalg.norm(guided.vector, axis=-1, keepdims=True)
     relevance = np.einsum("bmnp,bp->bmn", projected, vector) / np.sqrt(6)
     want = config.reduce(seen, keep=8, relevance=jnp.asarray(relevance))

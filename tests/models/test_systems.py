@@ -16,6 +16,7 @@ from zoo.models.core.errors import ZooError
 from zoo.models.core.names import spec_for, tree_names
 from zoo.models.core.tree import flatten_dict
 from zoo.models.core.types import Output
+from zoo.models.parts.assemblies.masked import MaskedConfig
 
 SYSTEMS = sorted(registry.index())
 ALL = {name: c for slug in SYSTEMS for name, c in registry.entry(slug).variants.items()}
@@ -118,9 +119,13 @@ def test_value_and_gradient(name):
     model, batch = config.build(), random_batch(config)
     kept = draw(variables(config))
     params = kept.pop("params")
+    options = {}
+    if isinstance(config, MaskedConfig):  # which hides nothing unless it is told what
+        patches = (2, config.tower.grid[0] * config.tower.grid[1])
+        options["draws"] = np.random.default_rng(1).random(patches).astype(np.float32)
 
     def loss(params):
-        out = model.apply({"params": params, **kept}, batch)
+        out = model.apply({"params": params, **kept}, batch, **options)
         if isinstance(out, Output):
             logits = model.apply({"params": params}, out.hidden, method="head")
             return jnp.mean(jax.nn.logsumexp(logits, -1) ** 2) + jnp.mean(out.hidden**3)

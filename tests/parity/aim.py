@@ -1,5 +1,6 @@
 """AIM's merging, importance and pruned decoder against the official functions and `Qwen2Model`."""
 
+import itertools
 import re
 from typing import Any
 
@@ -52,7 +53,7 @@ def _decoder(case: Case) -> dict[str, np.ndarray]:
     @jax.jit
     def staged(params: Any, stream: Any) -> Any:
         masks = [stream.tokens.valid] * (bounds[1] + 1)
-        for begin, stop in zip(bounds, bounds[1:], strict=False):
+        for begin, stop in itertools.pairwise(bounds):
             span = {"start": begin, "stop": stop}
             stream, _, _ = stack.apply({"params": params}, stream, None, **span)
             masks += [stream.tokens.valid] * (begin > 0)

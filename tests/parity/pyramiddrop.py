@@ -1,5 +1,6 @@
 """PyramidDrop against the official `pdrop_forward`: a prompt, and a new token after it."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -51,7 +52,7 @@ def run(case: Case) -> dict[str, np.ndarray]:
             case, jax.jit(plain.apply)({"params": params}, stream)[0].hidden
         ),
     }
-    for stage, (before, after) in enumerate(zip(outs, outs[1:], strict=False)):
+    for stage, (before, after) in enumerate(itertools.pairwise(outs)):
         rows = zip(before.tokens.order, after.tokens.order, strict=True)
         found[f"stage{stage}_kept_rows"] = np.stack([np.searchsorted(a, b) for a, b in rows])
         found[f"stage{stage}_position_ids"] = np.asarray(after.tokens.position).astype(np.int32)

@@ -55,6 +55,7 @@ class Block(nn.Module):
       softcap: bound c of the attention logits, `c tanh(logits / c)`; None for none.
       rule: who sees whom; equal and hashable for layers that are to be scanned together.
       attend: the attention kernel.
+      key_bias: whether `qkv_bias` means the keys too, whose bias changes nothing.
     """
 
     width: int
@@ -76,6 +77,7 @@ class Block(nn.Module):
     softcap: float | None = None
     rule: Rule = causal
     attend: Attend = attend
+    key_bias: bool = True
 
     def setup(self) -> None:
         d, h, e = self.width, self.num_heads, self.head_dim or self.width // self.num_heads
@@ -87,7 +89,8 @@ class Block(nn.Module):
         heads, kv = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
         self.attn_norm = make_norm(self.norm, self.norm_eps)
         self.q = Proj("bld,dhe->blhe", (d, h, e), heads, bias=self.qkv_bias)
-        self.k = Proj("bld,dke->blke", (d, k, e), kv, bias=self.qkv_bias)
+        key_bias = self.qkv_bias and self.key_bias
+        self.k = Proj("bld,dke->blke", (d, k, e), kv, bias=key_bias)
         self.v = Proj("bld,dke->blke", (d, k, e), kv, bias=self.qkv_bias)
         out = ("heads", "head_dim", "embed")
         self.out = Proj("blhe,hed->bld", (h, e, d), out, num_in=2, bias=self.out_bias)

@@ -81,9 +81,9 @@ def decode(code: Array, least: Array, step: Array) -> Array:
 
 def pack(code: Array, bits: int) -> Array:
     """Numbers [..., E] of so many bits in bytes [..., ⌈E bits / 8⌉]."""
-    per = 8 // bits
-    code = jnp.pad(code, [(0, 0)] * (code.ndim - 1) + [(0, -code.shape[-1] % per)])
-    code = code.reshape(*code.shape[:-1], -1, per)
+    per, width = 8 // bits, code.shape[-1]
+    code = jnp.pad(code, [(0, 0)] * (code.ndim - 1) + [(0, -width % per)])
+    code = code.reshape(*code.shape[:-1], -(-width // per), per)
     shift = bits * jnp.arange(per, dtype=jnp.uint8)
     return (code << shift).sum(-1).astype(jnp.uint8)
 
@@ -92,7 +92,7 @@ def unpack(packed: Array, bits: int, width: int) -> Array:
     """The inverse of `pack`, uint8 [..., width]."""
     shift = bits * jnp.arange(8 // bits, dtype=jnp.uint8)
     code = (packed[..., None] >> shift) & jnp.uint8(2**bits - 1)
-    return code.reshape(*packed.shape[:-1], -1)[..., :width]
+    return code.reshape(*packed.shape[:-1], packed.shape[-1] * len(shift))[..., :width]
 
 
 @struct.dataclass
