@@ -50,7 +50,8 @@ class STUNetConfig(ModelConfig):
 
     Attributes:
       widths: channels of each level, the finest first.
-      depth: residual blocks of each stage, on the way down and on the way up.
+      depth: residual blocks of each stage; one number for each level, or one for all. A stage on
+        the way up has as many as that of its level on the way down.
       strides: of each level but the first, for depth, height and width.
       channels: of the volumes.
       num_classes: outputs of each head, with the background.
@@ -59,7 +60,7 @@ class STUNetConfig(ModelConfig):
     """
 
     widths: tuple[int, ...] = (16, 32, 64, 128, 256, 256)
-    depth: int = 1
+    depth: int | tuple[int, ...] = 1
     strides: tuple[Strides, ...] = ((2, 2, 2),) * 5
     channels: int = 1
     num_classes: int = 105
@@ -72,12 +73,19 @@ class STUNetConfig(ModelConfig):
                 f"widths = {self.widths} and strides = {self.strides}: want two levels or more, "
                 "and a stride for each but the first"
             )
-        if self.depth < 1 or self.num_classes < 1 or self.channels < 1:
+        if len(self.depths) != len(self.widths):
+            raise ValueError(f"depth = {self.depth}: want one number for each of {self.widths}")
+        if min(self.depths) < 1 or self.num_classes < 1 or self.channels < 1:
             raise ValueError(
                 f"depth = {self.depth}, num_classes = {self.num_classes}, channels = "
                 f"{self.channels}: want 1 or more of each"
             )
         self.check(self.sides)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Blocks of the stages of each level."""
+        return (self.depth,) * len(self.widths) if isinstance(self.depth, int) else self.depth
 
     @property
     def multiple(self) -> Strides:
@@ -172,10 +180,11 @@ class STUNet(nn.Module):
     def setup(self) -> None:
         c = self.config
         steps = ((1, 1, 1), *c.strides)
-        self.down = [Stage(w, c.depth, s) for w, s in zip(c.widths, steps, strict=True)]
+        sizes = tuple(zip(c.widths, c.depths, strict=True))
+        self.down = [Stage(*size, step) for size, step in zip(sizes, steps, strict=True)]
         above = c.widths[-2::-1]
         self.mix = [Conv(width, (1, 1, 1)) for width in above]
-        self.up = [Stage(width, c.depth) for width in above]
+        self.up = [Stage(*size) for size in sizes[-2::-1]]
         self.heads = [Conv(c.num_classes, (1, 1, 1)) for _ in above]
 
     def __call__(self, batch: Batch) -> SegmentedVolume:
@@ -263,8 +272,8 @@ def table(config: STUNetConfig) -> Table:
     """Keys of the official files, below `state_dict` or `network_weights`."""
     rows: list[AnyRow] = []
 
-    def stage(ours: str, theirs: str) -> None:
-        for block in range(config.depth):
+    def stage(ours: str, theirs: str, depth: int) -> None:
+        for block in range(depth):
             at, key = f"{ours}/blocks_{block}", f"{theirs}.{block}"
             for number in "12":
                 rows.extend(weight_rows(f"{at}/conv{number}", f"{key}.conv{number}", conv))
@@ -273,9 +282,9 @@ def table(config: STUNetConfig) -> Table:
                 rows.extend(weight_rows(f"{at}/shortcut", f"{key}.conv3", conv))
 
     for level in range(len(config.widths)):
-        stage(f"down_{level}", f"conv_blocks_context.{level}")
+        stage(f"down_{level}", f"conv_blocks_context.{level}", config.depths[level])
     for level in range(len(config.widths) - 1):
-        stage(f"up_{level}", f"conv_blocks_localization.{level}")
+        stage(f"up_{level}", f"conv_blocks_localization.{level}", config.depths[-2 - level])
         rows += weight_rows(f"mix_{level}", f"upsample_layers.{level}.conv", conv)
         rows += weight_rows(f"heads_{level}", f"seg_outputs.{level}", conv)
     return Table(tuple(rows))

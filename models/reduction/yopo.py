@@ -87,6 +87,8 @@ class Yopo:
             raise ValueError(f"mlp_ratio = {self.mlp_ratio}: want 1 or more")
         if self.layers is not None and self.layers < 1:
             raise ValueError(f"layers = {self.layers}: want 1 or more layers, or None for all")
+        if self.grid is not None and min(self.grid) < 1:
+            raise ValueError(f"grid = {self.grid}: want rows and columns, 1 or more of each")
         if self.drop and self.layers is None:
             raise ValueError("drop: want `layers`, behind which vision tokens leave the sequence")
 
@@ -181,7 +183,7 @@ class Yopo:
     def _repeats(self, layer: int, block: Any) -> int:
         """How often keys are repeated: not at all where the heads that share one agree."""
         active, group = self._active(layer, block), _group(block)
-        shared = np.reshape(active, (-1, group))
+        shared: np.ndarray = np.reshape(active, (-1, group))
         return 1 if (shared == shared[:, :1]).all() else group
 
 

@@ -51,7 +51,7 @@ from zoo.models.parts.layers.plan import LayerPolicy, Run, Step, layers
 from zoo.models.parts.layers.stack import Stack
 from zoo.models.parts.reduce.merge import match, mean_by_group
 from zoo.models.parts.text.bert import BertConfig, encoder_table
-from zoo.models.parts.towers.vit import TIMM_LAYER, ViT, ViTConfig, layer_rows, ones
+from zoo.models.parts.towers.vit import TIMM_LAYER, Names, ViT, ViTConfig, layer_rows, ones
 
 CARD = Card(
     slug="simvlg",
@@ -471,7 +471,7 @@ FRAME_ROWS = (
 def tower_rows(config: EvaConfig) -> Table:
     """Keys of the tower, without their prefix."""
     steps, layer, at = tuple(range(config.depth)), "blocks.{}.", "stack/layers/"
-    names = {part: key for part, key in TIMM_LAYER.items() if isinstance(part, str)}
+    names: Names = {part: key for part, key in TIMM_LAYER.items() if isinstance(part, str)}
     qkv = tuple(f"{at}{name}/kernel" for name in ("q", "k", "v"))
     rows: list[AnyRow] = [
         Row("patch/kernel", "patch_embed.proj.weight", conv),

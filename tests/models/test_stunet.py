@@ -18,6 +18,7 @@ from zoo.models.dense.stunet import (
     for_task,
     padded,
     supervision_weights,
+    table,
 )
 
 # {size: (parameters, multiplications and additions of 128^3 voxels, in 10^9)}
@@ -118,3 +119,14 @@ def test_bad_volumes(shape, dtype, message):
 def test_bad_sizes():
     with pytest.raises(ValueError, match="a stride for each"):
         STUNetConfig((4, 8, 8))
+    with pytest.raises(ValueError, match="want one number for each"):
+        STUNetConfig(depth=(1, 2))
+
+
+def test_uneven_depths():
+    """A stage on the way up has the blocks of its level."""
+    config = STUNetConfig((2, 3, 4), (1, 3, 2), TINY.strides, sides=TINY.sides)
+    made = shapes(config)
+    counts = {name: len(made[name]) for name in ("down_0", "down_1", "down_2", "up_0", "up_1")}
+    assert counts == {"down_0": 1, "down_1": 3, "down_2": 2, "up_0": 3, "up_1": 1}
+    assert "conv_blocks_localization.0.2.conv2.bias" in table(config).shapes(made)

@@ -167,6 +167,7 @@ def test_parameters():
         ({"mlp_ratio": 0.5}, "mlp_ratio = 0.5: want"),
         ({"layers": 0}, "layers = 0: want"),
         ({"drop": True}, "drop: want"),
+        ({"grid": (0, 4)}, "want rows and columns"),
     ],
 )
 def test_bad_fields(fields, message):

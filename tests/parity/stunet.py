@@ -15,7 +15,7 @@ def run(case: Case) -> dict[str, np.ndarray]:
     strides = tuple(tuple(stride) for stride in sizes["pool_op_kernel_sizes"])
     config = STUNetConfig(
         widths=widths,
-        depth=sizes["depth"][0],
+        depth=tuple(sizes["depth"]),
         strides=padded(strides, len(widths)),
         channels=sizes["input_channels"],
         num_classes=sizes["num_classes"],
