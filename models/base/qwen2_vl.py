@@ -5,8 +5,8 @@ from dataclasses import replace
 from zoo.models.core.hf import Fields
 from zoo.models.core.registry import Base, register_base
 from zoo.models.parts.assemblies.qwen_vl import (
-    QWEN2_7B,
     MODULES,
+    QWEN2_7B,
     RENAMES,
     QwenVLConfig,
     qwen_vl_table,
