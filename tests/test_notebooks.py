@@ -49,6 +49,17 @@ import tests.live.reference  # declares what a torchvision for the CPU lacks
     "03_matryoshka_budgets.ipynb": PLAIN + FEW,
     "04_mixture_of_depths.ipynb": FEW,
     "05_deepstack.ipynb": FEW,
+    "06_shard_and_plan.ipynb": PLAIN
+    + """
+STEPS, OUT, DEPTH, TOPOLOGY = 2, "run", 1, "cpu:8"
+MESHES = {"one copy each": {"data": 8}, "divided": {"data": 2, "fsdp": 2, "tensor": 2}}
+
+from dataclasses import replace
+from zoo.configs import digits_vqa_tiny, llava_1_5_7b
+
+tiny = digits_vqa_tiny.config()
+llava_1_5_7b.config = lambda: tiny
+""",
     "08_token_reduction.ipynb": FEW + 'METHODS, KEEP = ("random", "fastv"), (4,)\n',
     "07_vision_backbones.ipynb": """
 NAMES, LOOK, SECONDS = ("swin_tiny", "inceptionnext_tiny"), "swin_tiny", 0.01
@@ -69,6 +80,7 @@ PICTURES = {
     "03_matryoshka_budgets.ipynb": [True, True, True],
     "04_mixture_of_depths.ipynb": [True, True],
     "05_deepstack.ipynb": [True, True, True],
+    "06_shard_and_plan.ipynb": [True, True, True],
     "07_vision_backbones.ipynb": [True, True],
     "08_token_reduction.ipynb": [True, True, False, True],
 }

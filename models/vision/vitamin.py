@@ -31,13 +31,10 @@ from zoo.models.core.types import Array, Features, Memory, Stream
 from zoo.models.parts.assemblies.classifier import ClassifierConfig, head_table
 from zoo.models.parts.assemblies.dual import DualConfig
 from zoo.models.parts.layers.activations import ACTIVATIONS
-from zoo.models.parts.layers.attention import everything
 from zoo.models.parts.layers.conv import Conv, depthwise
 from zoo.models.parts.layers.embed import check_pixels
-from zoo.models.parts.layers.gates import stochastic_depth
 from zoo.models.parts.layers.linear import dense
 from zoo.models.parts.layers.norms import LayerNorm
-from zoo.models.parts.layers.plan import Step
 from zoo.models.parts.layers.repeat import Repeat
 from zoo.models.parts.layers.stack import Stack
 from zoo.models.parts.text.clip import TextConfig
@@ -103,27 +100,9 @@ class ViTaminConfig(ViTConfig):
         if self.class_token or self.registers:
             raise ValueError("class_token and registers: these transformers have none")
 
-    def plan(self) -> tuple[Step, ...]:
-        """The layers, all alike."""
-        block = ViTaminBlock(
-            width=self.width,
-            num_heads=self.num_heads,
-            mlp_dim=self.mlp_dim,
-            norm=self.norm,
-            norm_eps=self.norm_eps,
-            activation=self.activation,
-            gated=self.gated,
-            qkv_bias=self.qkv_bias,
-            out_bias=True,
-            mlp_bias=True,
-            rope=None,
-            rule=everything,
-            layer_scale=self.layer_scale,
-            wide_qk_norm=self.qk_norm,
-            parent=None,
-        )
-        depths = stochastic_depth(self.depth, self.drop_path)
-        return tuple(Step(block, policies) for policies in depths)
+    def block_type(self) -> type[ViTBlock]:
+        """The class of the layers."""
+        return ViTaminBlock
 
     def build(self) -> "ViTamin":
         """The module."""

@@ -131,9 +131,13 @@ class ViTConfig:
         """Parameters that no gradient reaches: checkpoints carry them, or they are fixed."""
         return ("mask_token",) * self.mask_token + ("position",) * self.fixed_positions
 
+    def block_type(self) -> "type[ViTBlock]":
+        """The class of the layers."""
+        return ViTBlock
+
     def plan(self) -> tuple[Step, ...]:
         """The layers, all alike."""
-        block = ViTBlock(
+        block = self.block_type()(
             width=self.width,
             num_heads=self.num_heads,
             mlp_dim=self.mlp_dim,
