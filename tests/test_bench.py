@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from zoo.bench import main, prompts, tokens
-from zoo.bench.plots import tokens_figure
 from zoo.models.core.errors import UsageError
+from zoo.train.bench import main, prompts, tokens
+from zoo.train.bench.plots import tokens_figure
 
 METHODS = ["random", "no_method", "fastv"]
 

@@ -47,13 +47,13 @@ def test_list_as_a_plain_table(capsys):
 
 
 def test_info_of_a_planned_system(capsys):
-    status, out, _ = run(capsys, "info", "swin", "--json")
+    status, out, _ = run(capsys, "info", "cambrian", "--json")
     facts = json.loads(out)
     assert status == 0
     assert facts["status"] == "planned"
     assert facts["variants"] == []
-    assert facts["paper"] == "arXiv:2103.14030"
-    assert "Swin Transformer" in run(capsys, "info", "swin")[1]
+    assert facts["paper"] == "arXiv:2406.16860"
+    assert "Cambrian" in run(capsys, "info", "cambrian")[1]
 
 
 def test_info_counts_parameters(capsys):
@@ -139,7 +139,9 @@ def test_a_closed_pipe_is_no_error(repo):
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("argv", [["list"], ["list", "--json"], ["info", "swin"], ["--version"]])
+@pytest.mark.parametrize(
+    "argv", [["list"], ["list", "--json"], ["info", "cambrian"], ["--version"]]
+)
 def test_looking_up_imports_nothing_heavy(repo, argv):
     script = (
         "import sys, zoo.cli\n"

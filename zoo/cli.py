@@ -29,7 +29,7 @@ ELSEWHERE = {
     "export": ("zoo.convert.cli.export", "turn a converted model back into what it was"),
     "verify": ("zoo.convert.cli.verify", "compare a checkpoint with the original code"),
     "cost": ("zoo.costing", "count parameters, FLOPs, caches and memory by shapes alone"),
-    "bench": ("zoo.bench", "compare methods for fewer vision tokens"),
+    "bench": ("zoo.train.bench", "compare methods for fewer vision tokens"),
     "bench-vision": ("zoo.bench_vision", "measure how large and how fast image models are"),
     "arank": ("zoo.train.arank", "rank the attention of layers: which may skip tokens"),
     "scaling": ("zoo.benchmarks.scaling_predictable", "fit power laws to learning curves in logs"),

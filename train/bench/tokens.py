@@ -26,11 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo.bench.prompts import Asked, as_keeps, as_methods, made_up, opened, questions
 from zoo.costing import cost
 from zoo.loaded import Loaded
 from zoo.models.core.errors import UsageError
 from zoo.models.core.types import IMAGE, Array, Batch, Reserve
+from zoo.train.bench.prompts import Asked, as_keeps, as_methods, made_up, opened, questions
 from zoo.whole import write_atomically
 
 FULL = "full"
@@ -328,8 +328,8 @@ def main(argv: Sequence[str]) -> int:
     if args.json:
         print(json.dumps(rows, indent=2))
     if args.out:
-        from zoo.bench.plots import tokens_figure
         from zoo.plot import save
+        from zoo.train.bench.plots import tokens_figure
 
         title = f"{Path(args.model).name}, {jax.devices()[0].device_kind}"
         save(tokens_figure(rows, title=title), args.out / PLOT)

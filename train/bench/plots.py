@@ -13,7 +13,7 @@ def tokens_figure(rows: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
     time to the first token, both as shares of the full model's; a line for each method.
 
     Args:
-      rows: as `zoo.bench.tokens.bench` returns them; those that failed are left out.
+      rows: as `zoo.train.bench.tokens.bench` returns them; those that failed are left out.
       title: of what.
     """
     fine = [row for row in rows if not row["error"]]

@@ -9,10 +9,10 @@ def main(argv: Sequence[str]) -> int:
     """Run `zoo bench tokens ...`; there is nothing else yet.
 
     Raises:
-      UsageError: another word, or as `zoo.bench.tokens.main`.
+      UsageError: another word, or as `zoo.train.bench.tokens.main`.
     """
     if argv and argv[0] == "tokens":
-        from zoo.bench import tokens
+        from zoo.train.bench import tokens
 
         return tokens.main(argv[1:])
     if argv and argv[0] in ("-h", "--help"):
