@@ -1,6 +1,8 @@
 """What all tests share: eight CPU devices, a cache of compiled programs, the root of the tree."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,3 +25,16 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 def repo() -> Path:
     """The root of the source tree."""
     return REPO
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """After a module, let go of compiled programs where there are very many.
+
+    Each of them maps pieces of memory, of which Linux gives a process 65,530; the next program
+    after that ends the process.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+        sys.modules["jax"].clear_caches()
