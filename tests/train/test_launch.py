@@ -65,7 +65,7 @@ def judged(out):
     return {step: loss for step, loss in found.items() if loss}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("processes", [1, 2])
 def test_every_mesh_gives_the_losses_of_one_device(alone, tmp_path, processes):
     settings = {**MESHES, "bad": {"mesh": {"data": 4, "fsdp": 2}, **JUDGED}}
@@ -119,7 +119,7 @@ def kill_one(out, rng, patience=240):
     return seconds, runs[1 - victim].returncode, said
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("kills", [2])
 def test_killed_at_any_step_the_job_ends_and_continues_bit_by_bit(pair, tmp_path, kills):
     rng = random.Random(time.time_ns())
@@ -158,7 +158,7 @@ def test_a_checkpoint_fits_other_devices_and_other_numbers_of_processes(alone, t
     close(losses(tmp_path / "run"), alone["one"])
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_recipe_starts_from_what_several_processes_have_saved(tmp_path):
     for processes in (1, 2):
         settings = {"recipe": {"mesh": {"fsdp": processes}}}

@@ -10,7 +10,7 @@ from zoo.models.core.errors import UsageError
 from zoo.train.shardings import FOLDER, MESHES, main, render, shardings, slugs
 
 
-@pytest.mark.slow  # all of them together
+@pytest.mark.thorough  # all of them together; the next but one looks at one
 @pytest.mark.parametrize("slug", slugs())
 def test_the_record_is_up_to_date(slug, repo):
     file = repo / FOLDER / f"{slug}.json"
