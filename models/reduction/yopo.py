@@ -23,14 +23,14 @@ from zoo.models.core.card import Card
 from zoo.models.core.keytable import Table
 from zoo.models.core.names import shard
 from zoo.models.core.registry import register
-from zoo.models.core.types import IMAGE, KV, Array, Aux, Memory, Reserve, Stream, Tokens, take
+from zoo.models.core.types import IMAGE, Array, Aux, Memory, Stream, Tokens, take
 from zoo.models.parts.assemblies.llava import LlavaConfig, llava_table
 from zoo.models.parts.assemblies.llava_hub import projector_rows
 from zoo.models.parts.decoders.dropping import attention_logits
 from zoo.models.parts.decoders.gqa import DecoderConfig, Plan
 from zoo.models.parts.decoders.policies import wrap
 from zoo.models.parts.layers.attention import Rule
-from zoo.models.parts.layers.block import Block
+from zoo.models.parts.layers.block import Block, remembered
 from zoo.models.parts.layers.operands import merged
 from zoo.models.parts.layers.plan import LayerPolicy, Run
 
@@ -281,18 +281,11 @@ class CutVision(LayerPolicy):
             v = jnp.where(image, v * _column(self.read, v.dtype), v)
             if self.window is not None:
                 rule = Neighbours(rule, self.window, self.grid)
-        key = tokens
-        if isinstance(state, Reserve):
-            state = KV.start(k, v, key, state.n)
-        elif state is not None:
-            state = state.append(k, v, key)
-            (k, v), key = state.read(), state.tokens
+        state, k, v, key = remembered(state, k, v, tokens)
         y = layer.attend(q, k, v, rule, tokens, key, scale=layer.scale, softcap=layer.softcap)
         if stream.slots:
             y = jnp.where(image, y * _column(self.heads, y.dtype), y)
-        y = layer.project("out", y, tokens, memory)
-        if layer.norm_place == "sandwich":
-            y = layer.attn_post_norm(y)
+        y = layer.attention_out(y, tokens, memory)
         return stream.replace(hidden=shard(stream.hidden + y, "batch", "seq", "act_embed")), state
 
     def _feed_forward(self, layer: Any, stream: Stream, memory: Memory) -> Array:

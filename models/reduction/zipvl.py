@@ -171,9 +171,7 @@ class Important(LayerPolicy):
         part = part.replace(valid=part.valid & keep)
         hidden, q, k, v = take((stream.hidden, *projected), index)
         inside = Stream(hidden, part, min(stream.slots, capacity))
-        y = layer.project("out", layer.mix(inside, q, k, v, part, memory), part, memory)
-        if layer.norm_place == "sandwich":
-            y = layer.attn_post_norm(y)
+        y = layer.attention_out(layer.mix(inside, q, k, v, part, memory), part, memory)
         stream = stream.replace(hidden=put(stream.hidden, index, hidden + y, keep))
         stream = stream.replace(hidden=stream.hidden + layer.feed_forward(stream, memory))
         if isinstance(state, Reserve):

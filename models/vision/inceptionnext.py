@@ -31,7 +31,7 @@ from zoo.models.parts.layers.gates import DropPath, Rate, drop_path_stages
 from zoo.models.parts.layers.linear import Proj, dense
 from zoo.models.parts.layers.norms import BatchNorm, LayerNorm
 from zoo.models.parts.layers.repeat import Repeat
-from zoo.models.parts.towers.pyramid import pyramid_features
+from zoo.models.parts.towers.pyramid import check_image_size, pyramid_features
 
 CARD = Card(
     slug="inceptionnext",
@@ -84,10 +84,7 @@ class InceptionNeXtConfig:
                 f"branch = {self.branch}: want a share of {self.widths} channels that is one "
                 "channel at least and a third at most"
             )
-        if self.image_size < self.stride or self.image_size % self.stride:
-            raise ValueError(
-                f"image_size = {self.image_size}: want a multiple of the stride {self.stride}"
-            )
+        check_image_size(self.image_size, self.stride)
         drop_path_stages(self.depths, self.drop_path)
 
     @property

@@ -12,8 +12,7 @@ from tests.parity import qwen3_vl_cases
 from tests.parity.case import Case
 from zoo.models.connectors.deepstack import DeepStack, DeepStackV, _by_level
 from zoo.models.core.types import Reserve, Stream, Tokens, TokenSet, take
-from zoo.models.parts.assemblies.llava import _numbered
-from zoo.models.parts.assemblies.splice import splice
+from zoo.models.parts.assemblies.splice import number_taps, splice
 from zoo.models.parts.connect.crops import deal
 from zoo.models.parts.decoders.gqa import Decoder, DecoderConfig, decoder_table
 from zoo.models.parts.towers.vit import ViTConfig, clip_table
@@ -179,10 +178,11 @@ def _layout(case: Case) -> dict[str, np.ndarray]:
             TokenSet(views[None]),
             image_id=9,
             extra=newline,
-            **places,
+            sizes=places["sizes"],
+            layout=places["layout"],
         )
         cell = stream.tokens.tags["cell"]
-        levels = [take(level, cell)[0] for level in _numbered(taps, places, newline)]
+        levels = [take(level, cell)[0] for level in number_taps(taps, places, newline)]
         out[f"sequence_{i}"] = np.asarray(stream.hidden[0])
         out[f"stack_{i}"] = np.stack(levels)
     return out

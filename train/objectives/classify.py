@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
-from zoo.convert.place import abstract_params
 from zoo.loading import config_of, load
 from zoo.models.core.errors import UsageError
 from zoo.models.core.types import Array, Batch
@@ -83,9 +82,7 @@ class Classify(Objective):
                 f"{self.teacher} reads images of {config.inputs(1)['pixels'].shape[1:]}, this "
                 f"model those of {inputs['pixels'].shape[1:]}: want a teacher for the same"
             )
-        shapes = {"params": abstract_params(config)}
-        made = jax.eval_shape(config.build().init, jax.random.key(0), config.inputs(1))
-        shapes |= {"stats": made["stats"]} if "stats" in made else {}
+        shapes = dict(jax.eval_shape(config.build().init, jax.random.key(0), config.inputs(1)))
         return {"teacher": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)}
 
     def load(self, mesh: Mesh) -> dict[str, Any]:

@@ -196,6 +196,15 @@ class DropAfter(LayerPolicy):
         """Of all tokens, [B, L], from the projections of the layer."""
         raise NotImplementedError
 
+    def measure(self, layer: Any, stream: Stream, memory: Memory) -> Array:
+        """Hook: what is to be known of the layer before it runs, [B, L]; by default `score`."""
+        # The same products as in the layer, which the compiler merges.
+        return self.score(layer, layer.qkv(stream, memory), stream.tokens)
+
+    def after(self, stream: Stream, measured: Array, number: NumberOf) -> Stream:
+        """Hook: what is left of the layer's output, by what was measured."""
+        return drop(stream, measured, number, hide=self.hide)
+
     def __call__(
         self,
         layer: nn.Module,
@@ -209,11 +218,9 @@ class DropAfter(LayerPolicy):
         aux = {"left_cells": left_cells(stream.tokens)}
         if stream.slots == 0 or self.number is None:
             return (*run(stream, state)[:2], aux)
-        # The same products as in the layer, which the compiler merges.
-        projected = layer.qkv(stream, memory)
-        score = jax.lax.stop_gradient(self.score(layer, projected, stream.tokens))
+        measured = jax.lax.stop_gradient(self.measure(layer, stream, memory))
         stream, state, _ = run(stream, state)
-        return drop(stream, score, self.number, hide=self.hide), state, aux
+        return self.after(stream, measured, self.number), state, aux
 
 
 @struct.dataclass

@@ -142,20 +142,18 @@ class Block(nn.Module):
         tokens.
         """
         own = self.qkv(stream, memory)
-        k, v, key = own.k, own.v, stream.tokens
-        if isinstance(state, Reserve):
-            state = KV.start(k, v, key, state.n)
-        elif state is not None:
-            state = state.append(k, v, key)
-            (k, v), key = state.read(), state.tokens
+        state, k, v, key = remembered(state, own.k, own.v, stream.tokens)
         y = self.mix(stream, own.q, k, v, key, memory)  # [B, L, H, E]
-        y = self.project("out", y, stream.tokens, memory)
-        if self.norm_place == "sandwich":
-            y = self.attn_post_norm(y)
+        y = self.attention_out(y, stream.tokens, memory)
         hidden = shard(stream.hidden + y, "batch", "seq", "act_embed")
         if self.norm_place == "post":
             hidden = self.attn_norm(hidden)
         return stream.replace(hidden=hidden), state, own
+
+    def attention_out(self, y: Array, tokens: Tokens, memory: Memory) -> Array:
+        """What the heads have read, [B, L, H, E], as the attention branch [B, L, D]."""
+        y = self.project("out", y, tokens, memory)
+        return self.attn_post_norm(y) if self.norm_place == "sandwich" else y
 
     def feed_forward(self, stream: Stream, memory: Memory) -> Array:
         """The MLP branch [B, L, D], without the residual and what follows it."""
@@ -180,3 +178,21 @@ class Block(nn.Module):
         A block that reads memory overrides it.
         """
         return self(stream, None, {})[0].hidden
+
+
+def remembered(state: Any, k: Array, v: Array, tokens: Tokens) -> tuple[Any, Array, Array, Tokens]:
+    """The layer state with new keys and values, and what attention reads then: keys, values and
+    their tokens, those of the cache among them.
+
+    Args:
+      state: None, `Reserve`, or a cache.
+      k: [B, L, K, E].
+      v: [B, L, K, E].
+      tokens: of the L.
+    """
+    if isinstance(state, Reserve):
+        return KV.start(k, v, tokens, state.n), k, v, tokens
+    if state is None:
+        return None, k, v, tokens
+    state = state.append(k, v, tokens)
+    return state, *state.read(), state.tokens

@@ -104,7 +104,7 @@ class Step:
             )
 
     @property
-    def kind(self) -> Hashable:
+    def kind(self) -> tuple[str, Hashable, Hashable]:
         """Steps of equal kind run the same code and differ in weights and scanned numbers only."""
         policies = tuple((type(p), jax.tree.structure(p)) for p in self.policies)
         return (self.stack, self.block, policies)
@@ -209,10 +209,8 @@ def owners_of(steps: tuple[Step, ...]) -> dict[Path, tuple[int, ...]]:
     """
     owners: dict[Path, list[int]] = {}
     shapes: dict[Path, tuple[int, ...]] = {}
-    by_kind: dict[Hashable, dict[Path, Any]] = {}
+    by_kind = _leaves_by_kind(steps)
     for i, step in enumerate(steps):
-        if step.kind not in by_kind:
-            by_kind[step.kind] = flatten_boxed(jax.eval_shape(step.init, jax.random.key(0)))
         for sub, leaf in by_kind[step.kind].items():
             path, shape = (step.stack, *sub), nn.unbox(leaf).shape
             if shapes.setdefault(path, shape) != shape:
@@ -221,14 +219,21 @@ def owners_of(steps: tuple[Step, ...]) -> dict[Path, tuple[int, ...]]:
     return {path: tuple(steps) for path, steps in owners.items()}
 
 
-@functools.lru_cache(maxsize=256)
 def names_of(steps: tuple[Step, ...]) -> dict[Path, tuple[str | None, ...]]:
     """{leaf path with its stack: the logical names of the axes of one row}."""
-    names: dict[Path, tuple[str | None, ...]] = {}
-    for step in {step.kind: step for step in steps}.values():
-        for sub, leaf in flatten_boxed(jax.eval_shape(step.init, jax.random.key(0))).items():
-            names[(step.stack, *sub)] = tree_names(leaf)
-    return names
+    return {
+        (kind[0], *sub): tree_names(leaf)
+        for kind, leaves in _leaves_by_kind(steps).items()
+        for sub, leaf in leaves.items()
+    }
+
+
+@functools.lru_cache(maxsize=256)
+def _leaves_by_kind(steps: tuple[Step, ...]) -> dict[tuple[str, Hashable, Hashable], Any]:
+    """{kind of step: {leaf path: its boxed shape}}; every kind is traced once."""
+    by_kind = {step.kind: step for step in steps}
+    key = jax.random.key(0)
+    return {kind: flatten_boxed(jax.eval_shape(step.init, key)) for kind, step in by_kind.items()}
 
 
 def flatten_boxed(tree: Any) -> dict[Path, Any]:

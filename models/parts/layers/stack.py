@@ -236,14 +236,15 @@ class _Rows:
 
     def __init__(self, steps: tuple[Step, ...], tree: dict[str, Any]):
         self._steps = steps
-        self._owners, self._names = owners_of(steps), names_of(steps)
+        self._owners = owners_of(steps)
+        self._names: dict[Path, tuple[str | None, ...]] = {}
         self._leaves = flatten_dict(tree)
         self._pieces: dict[Path, dict[int, Any]] | None = None
         self.unstacked = any(isinstance(leaf, tuple) for leaf in self._leaves.values())
 
     def cut(self, segments: Sequence[Segment]) -> None:
         """Cut every leaf into the rows of each of the segments, which follow one another."""
-        self._pieces = {}
+        self._pieces, self._names = {}, names_of(self._steps)
         if self.unstacked or not segments:
             return
         ends = [(start, start + period * repeats) for start, period, repeats in segments]

@@ -13,7 +13,7 @@ from zoo.models.parts.layers.gates import DropPath, Rate, drop_path_stages
 from zoo.models.parts.layers.linear import dense
 from zoo.models.parts.layers.norms import LayerNorm
 from zoo.models.parts.layers.repeat import Repeat
-from zoo.models.parts.towers.pyramid import pyramid_features
+from zoo.models.parts.towers.pyramid import check_image_size, pyramid_features
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,7 @@ class ConvNeXtConfig:
             )
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size = {self.kernel_size}: want an odd number")
-        if self.image_size < self.stride or self.image_size % self.stride:
-            raise ValueError(
-                f"image_size = {self.image_size}: want a multiple of the stride {self.stride}"
-            )
+        check_image_size(self.image_size, self.stride)
 
     @property
     def stride(self) -> int:

@@ -20,6 +20,7 @@ from zoo.models.parts.layers.linear import Proj, dense
 from zoo.models.parts.layers.plan import LayerPolicy, Run, Step
 from zoo.models.parts.layers.resize import resize_bilinear
 from zoo.models.parts.towers.convnext import ConvNeXtConfig, convnext_table
+from zoo.models.parts.towers.pyramid import check_image_size
 from zoo.models.parts.towers.vit import ViT, ViTConfig, clip_table
 
 SLOW = "slow"
@@ -50,10 +51,7 @@ class CoupledConfig:
     depth: ClassVar[int] = 0  # there are no hidden states to read but the output
 
     def __post_init__(self) -> None:
-        if self.image_size < self.slow.stride or self.image_size % self.slow.stride:
-            raise ValueError(
-                f"image_size = {self.image_size}: want a multiple of the stride {self.slow.stride}"
-            )
+        check_image_size(self.image_size, self.slow.stride)
         if self.fast.depth % 4:
             raise ValueError(f"depth = {self.fast.depth} of the transformer: want a multiple of 4")
         if not self.fast.class_token or self.fast.registers:

@@ -27,3 +27,9 @@ def pyramid_features(
 def as_tokens(grid: Array) -> Array:
     """[..., h, w, D] to [..., h w, D]."""
     return grid.reshape(*grid.shape[:-3], -1, grid.shape[-1])
+
+
+def check_image_size(image_size: int, stride: int) -> None:
+    """Raise ValueError unless images of this side are a multiple of the stride of a tower."""
+    if image_size < stride or image_size % stride:
+        raise ValueError(f"image_size = {image_size}: want a multiple of the stride {stride}")

@@ -4,24 +4,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from zoo.models.core.types import IMAGE, Array, Aux, Memory, Stream, Tokens
+from zoo.models.core.types import IMAGE, Array, Memory, Stream, Tokens
 from zoo.models.parts.decoders.dropping import (
     DropAfter,
+    NumberOf,
     asking,
     attention_of,
     drop,
     guiding,
-    left_cells,
 )
 from zoo.models.parts.decoders.gqa import Plan
 from zoo.models.parts.decoders.policies import wrap
 from zoo.models.parts.layers.block import QKV
-from zoo.models.parts.layers.plan import Run
 from zoo.models.parts.reduce.base import Keep, Kept, check_keep, schedule
 from zoo.models.parts.reduce.choose import top
 from zoo.models.parts.reduce.merge import cosine
@@ -123,39 +121,26 @@ class Unlike(DropAfter):
 
     pivots: tuple[int, int] = struct.field(pytree_node=False, default=(4, 4))
 
-    def __call__(
-        self,
-        layer: Any,
-        own: nn.Module | None,
-        run: Run,
-        stream: Stream,
-        state: Any,
-        memory: Memory,
-    ) -> tuple[Stream, Any, Aux]:
-        del own
-        aux = {"left_cells": left_cells(stream.tokens)}
-        if stream.slots == 0:
-            return (*run(stream, state)[:2], aux)
+    def measure(self, layer: Any, stream: Stream, memory: Memory) -> Array:
+        """The L1 norms of its keys."""
         keys = layer.qkv(stream, memory).k.astype(jnp.float32)
-        stream, state, _ = run(stream, state)
-        score = self.ranked(jax.lax.stop_gradient(stream), jnp.abs(keys).sum((-2, -1)))
-        return drop(stream, score, self._most), state, aux
+        return jnp.abs(keys).sum((-2, -1))
 
-    @property
-    def _most(self) -> Any:
-        assert self.number is not None
-        return self.number
+    def after(self, stream: Stream, measured: Array, number: NumberOf) -> Stream:
+        """What is chosen of its output."""
+        most = min(number(stream.whole or stream.slots), stream.slots)
+        return drop(stream, self.ranked(jax.lax.stop_gradient(stream), measured, most), number)
 
-    def ranked(self, stream: Stream, norm: Array) -> Array:
+    def ranked(self, stream: Stream, norm: Array, keep: int) -> Array:
         """Scores [B, L] by the order in which tokens are chosen.
 
         Args:
           stream: the output of the layer.
           norm: [B, L], the L1 norms of its keys.
+          keep: how many are chosen.
         """
         real = stream.tokens.valid & (stream.tokens.modality == IMAGE)
         text = guiding(stream.tokens)
-        keep = min(self._most(stream.whole or stream.slots), stream.slots)
         of_image = min(self.pivots[0], keep)
         of_text = min(self.pivots[1], text.shape[1] - stream.slots)
         image, words = (

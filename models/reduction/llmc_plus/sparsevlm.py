@@ -12,10 +12,10 @@ from flax import struct
 from zoo.models.core.types import IMAGE, Array, Aux, Memory, Stream, take
 from zoo.models.parts.decoders.dropping import (
     DropAfter,
+    NumberOf,
     attention_logits,
     drop,
     guiding,
-    left_cells,
     with_total,
 )
 from zoo.models.parts.decoders.gqa import Plan
@@ -126,31 +126,21 @@ class WithMeans(DropAfter):
     30 % by score are clustered, and the centre of each cluster stays as its mean, in its place.
     """
 
-    def __call__(
-        self,
-        layer: Any,
-        own: nn.Module | None,
-        run: Run,
-        stream: Stream,
-        state: Any,
-        memory: Memory,
-    ) -> tuple[Stream, Any, Aux]:
-        del own
-        aux = {"left_cells": left_cells(stream.tokens)}
-        if stream.slots == 0:
-            return (*run(stream, state)[:2], aux)
-        score = jax.lax.stop_gradient(_of_raters(layer, stream, memory))
-        stream, state, _ = run(stream, state)
+    def measure(self, layer: Any, stream: Stream, memory: Memory) -> Array:
+        """The attention of the raters."""
+        return _of_raters(layer, stream, memory)
+
+    def after(self, stream: Stream, measured: Array, number: NumberOf) -> Stream:
+        """What is kept of its output, and the means."""
         stream, total = with_total(stream)
-        assert self.number is not None
-        counts = np.array([self.number(n) for n in range(stream.whole + 1)], np.int32)
+        counts = np.array([number(n) for n in range(stream.whole + 1)], np.int32)
         keep = min(int(counts[-1]), stream.slots)
         means, pool = clusters(stream.slots, keep)
         if means:
             count = jnp.minimum(jnp.asarray(counts)[total], keep)
             kept = jnp.maximum(1, count - means)[:, None]
-            stream, score = with_means(stream, score, kept, keep - means, (means, pool))
-        return drop(stream, score, self.number), state, aux
+            stream, measured = with_means(stream, measured, kept, keep - means, (means, pool))
+        return drop(stream, measured, number)
 
 
 def _of_raters(layer: Any, stream: Stream, memory: Memory) -> Array:

@@ -21,7 +21,7 @@ from zoo.models.parts.layers.activations import ACTIVATIONS
 from zoo.models.parts.layers.conv import ConvNormAct
 from zoo.models.parts.layers.embed import check_pixels
 from zoo.models.parts.layers.repeat import Repeat
-from zoo.models.parts.towers.pyramid import as_tokens, pyramid_features
+from zoo.models.parts.towers.pyramid import as_tokens, check_image_size, pyramid_features
 from zoo.models.vision.deepmad.design import DesignConfig
 from zoo.models.vision.deepmad.nets import NETS, inverted, plain
 from zoo.models.vision.deepmad.score import Block, Unit, blocks, squeezed
@@ -59,10 +59,7 @@ class DeepMADConfig:
     def __post_init__(self) -> None:
         if not self.units:
             raise ValueError("units: want one at least")
-        if self.image_size < self.stride or self.image_size % self.stride:
-            raise ValueError(
-                f"image_size = {self.image_size}: want a multiple of the stride {self.stride}"
-            )
+        check_image_size(self.image_size, self.stride)
 
     @property
     def stride(self) -> int:
