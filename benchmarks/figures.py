@@ -1,4 +1,4 @@
-"""What the four pillars cost, ours beside the papers': `python benchmarks/figures.py`.
+"""What methods cost, ours beside the papers': `python benchmarks/figures.py`.
 
 Writes `docs/figures.json` (our numbers, counted by `zoo.cost` over the programs as they are traced)
 and `docs/figures.md` (tables of them). With `--check` it only says whether they are up to date.
@@ -9,63 +9,20 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from zoo.costing import Cost, cost
+from benchmarks.counting import TERA, Figure, Section, counted, without_head
+from benchmarks.reduction_figures import REDUCTION
+from zoo.costing import Cost
 from zoo.models.base.llava import VARIANTS as LLAVA
 from zoo.models.connectors.deepstack import DeepStack
 from zoo.models.decoders.gamma_mod import GammaMoD
 
 ROOT = Path(__file__).parents[1]
 NUMBERS, TABLES = "docs/figures.json", "docs/figures.md"
-TERA = 1e12
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One number.
-
-    Attributes:
-      what: of which model and setting.
-      ours: counts it.
-      paper: the published number; None where there is none.
-      digits: after the decimal point, as published.
-      why: what makes a difference of more than 1 %.
-    """
-
-    what: str
-    ours: Callable[[], float]
-    paper: float | None
-    digits: int = 2
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class Pillar:
-    """The table of one system.
-
-    Attributes:
-      slug: of the system.
-      title: of the table.
-      text: how the numbers are counted.
-      figures: its lines.
-    """
-
-    slug: str
-    title: str
-    text: str
-    figures: tuple[Figure, ...]
-
-
-@functools.cache
-def counted(name: str, **settings: Any) -> Cost:
-    """`zoo.cost`, each model once."""
-    return cost(name, **settings)
 
 
 # p-MoD
@@ -90,7 +47,7 @@ def vision_cache(name: str) -> float:
 
 
 V1_5, NEXT = "p_mod_llava_1_5_7b", "p_mod_llava_next_7b"
-P_MOD = Pillar(
+P_MOD = Section(
     "p_mod",
     "p-MoD",
     "TFLOPs of the decoder's products with weights over a prompt of 58 text tokens (a number that "
@@ -120,11 +77,6 @@ P_MOD = Pillar(
 # MQT
 
 
-def without_head(found: Cost) -> float:
-    """TFLOPs of the decoder's layers over the prompt, with attention."""
-    return (found.flops["prefill"].total - found.flops["head"].total) / TERA
-
-
 def mqt(budget: int) -> float:
     """MQT-LLaVA at a budget of vision tokens."""
     return without_head(counted("mqt_llava_7b", text_tokens=90, budget=budget))
@@ -132,7 +84,7 @@ def mqt(budget: int) -> float:
 
 PLOT = "The paper's is read off a plot with a logarithmic axis."
 MQT_PAPER = {256: 4.5, 144: 2.8, 64: 2.0, 36: 1.6, 16: 1.3, 8: 1.2, 4: None, 2: None}
-MQT = Pillar(
+MQT = Section(
     "mqt",
     "Matryoshka Query Transformer",
     "TFLOPs of the decoder's layers, with attention, over a prompt of 90 text tokens (fitted to "
@@ -180,7 +132,7 @@ GAMMA_PAPER = {  # tokens of the prompt, pictures, their side, whether 13B; skip
     "Mini-Gemini-HD-7B": ((4000, 5, 336, False), {0.0: 60.2, 0.362: 39.4, 0.581: 27.8}),
     "LLaVA-HR-13B": ((1400, 1, 448, True), {0.0: 37.1, 0.349: 25.1, 0.551: 18.4}),
 }
-GAMMA_MOD = Pillar(
+GAMMA_MOD = Section(
     "gamma_mod",
     "γ-MoD",
     "TFLOPs of the decoder's layers, with attention, over a prompt of so many tokens (1400 by the "
@@ -217,7 +169,7 @@ def seen(name: str) -> float:
 
 L, HD, V = "deepstack_l_vicuna_7b", "deepstack_l_hd_vicuna_7b", "deepstack_v_vicuna_7b"
 NEWLINES = "Ours counts the newline after each of 48 rows of tiles."
-DEEPSTACK = Pillar(
+DEEPSTACK = Section(
     "deepstack",
     "DeepStack",
     "The decoder reads as many tokens as LLaVA-1.5's, with an addition at four of its layers; "
@@ -266,28 +218,29 @@ DEEPSTACK = Pillar(
     ),
 )
 
-PILLARS = (MQT, P_MOD, GAMMA_MOD, DEEPSTACK)
+SECTIONS = (MQT, P_MOD, GAMMA_MOD, DEEPSTACK, REDUCTION)
 
 
 def count() -> dict[str, dict[str, float]]:
     """Our numbers: {slug: {line: number}}."""
-    return {p.slug: {f.what: round(f.ours(), 6) for f in p.figures} for p in PILLARS}
+    return {s.slug: {f.what: round(f.ours(), 6) for f in s.figures} for s in SECTIONS}
 
 
 def render(numbers: dict[str, dict[str, float]]) -> str:
     """The text of `docs/figures.md`."""
     lines = [
-        "# What the pillars cost",
+        "# What the methods cost",
         "",
         "<!-- Written by `python benchmarks/figures.py`; edits are lost. -->",
         "",
         "Ours are counted by `zoo.cost` over the programs that run, from shapes alone; those of",
-        "the papers are as published. What the clock says, `benchmarks/pillars.py` measures.",
+        "the papers are as published. What the clock says, `benchmarks/pillars.py` and",
+        "`benchmarks/reduction.py` measure.",
     ]
-    for pillar in PILLARS:
-        lines += ["", f"## {pillar.title}", "", pillar.text, ""]
+    for section in SECTIONS:
+        lines += ["", f"## {section.title}", "", section.text, ""]
         lines += ["| | ours | paper | difference | why |", "|---|---:|---:|---:|---|"]
-        lines += [_line(figure, numbers[pillar.slug][figure.what]) for figure in pillar.figures]
+        lines += [_line(figure, numbers[section.slug][figure.what]) for figure in section.figures]
     return "\n".join(lines) + "\n"
 
 

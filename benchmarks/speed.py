@@ -22,8 +22,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.timing import Runs, machine, report, take_turns, timed
+from benchmarks.timing import Runs, compare, machine, report, timed
 from tests.live.reference import state_of, timm, torch, transformers
+from zoo.models.core.compiled import jit
 from zoo.models.core.config import ModelConfig
 from zoo.models.core.hf import Fields
 from zoo.models.core.keytable import Table
@@ -32,14 +33,6 @@ from zoo.models.core.registry import base, config, read_hf
 from zoo.models.parts.layers.stack import unstack
 
 PROMPT, NEW = 512, 32
-
-
-def compare(runs: Runs, rounds: int) -> dict[str, Any]:
-    """What `take_turns` finds, and how many times faster "zoo" is than each of the others."""
-    found = take_turns(runs, rounds)
-    best = found["seconds"]
-    ratios = {name: round(best[name] / best["zoo"], 2) for name in runs if name != "zoo"}
-    return {**found, "times_faster_than": ratios}
 
 
 def ours(config: ModelConfig, table: Table, original: torch.nn.Module) -> tuple[nn.Module, Any]:
@@ -57,7 +50,7 @@ def vit(rounds: int, batch: int = 8) -> dict[str, Any]:
     hf = transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=1000)).eval()
     settings = config("vit_b16_augreg")
     model, params = ours(settings, base("timm_vit").table(settings), theirs)
-    forward = jax.jit(lambda params, x: model.apply({"params": params}, {"pixels": x}).logits)
+    forward = jit(lambda params, x: model.apply({"params": params}, {"pixels": x}).logits)
     image = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
     with torch.inference_mode():
         error = np.abs(np.asarray(forward(params, pixels)) - theirs(image).numpy()).max()
@@ -87,12 +80,12 @@ def decoder(rounds: int) -> dict[str, Any]:
     ids = np.random.default_rng(0).integers(3, 32_000, (1, PROMPT)).astype(np.int32)
     prompt = torch.from_numpy(ids.astype(np.int64))
 
-    @jax.jit
+    @jit
     def prefill(params: Any, ids: jax.Array) -> Any:
         batch = {"ids": ids, "text_mask": jnp.ones(ids.shape, bool)}
         return model.apply({"params": params}, batch, room=NEW, method="prefill")
 
-    @functools.partial(jax.jit, donate_argnums=2)
+    @jit(donate_argnums=2)
     def decode(params: Any, token: jax.Array, cache: Any) -> Any:
         def turn(carry: Any, _: None) -> Any:
             token, cache = carry

@@ -30,6 +30,14 @@ def take_turns(runs: Runs, rounds: int) -> dict[str, dict[str, float]]:
     }
 
 
+def compare(runs: Runs, rounds: int) -> dict[str, Any]:
+    """What `take_turns` finds, and how many times faster "zoo" is than each of the others."""
+    found = take_turns(runs, rounds)
+    best = found["seconds"]
+    ratios = {name: round(best[name] / best["zoo"], 2) for name in runs if name != "zoo"}
+    return {**found, "times_faster_than": ratios}
+
+
 def timed(run: Callable[[], Any]) -> Callable[[], float]:
     """`run` as one of `Runs`."""
 

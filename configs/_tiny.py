@@ -1,6 +1,7 @@
 """What the tiny recipes share: a model that is trained dense, and then as something else."""
 
 from dataclasses import replace
+from typing import Any
 
 from zoo.configs.digits_vqa import scene
 from zoo.models.connectors.mqt import VARIANTS
@@ -8,7 +9,7 @@ from zoo.models.parts.assemblies.llava import LlavaConfig
 from zoo.models.parts.connect.mlp import MLPConnector
 from zoo.train.config import Experiment, ProcessorConfig, Recipe
 from zoo.train.data.sources import DigitsVQA
-from zoo.train.objectives import NextToken
+from zoo.train.objectives import NextToken, Objective
 from zoo.train.optim import OptimConfig
 from zoo.train.parts import Part
 
@@ -27,7 +28,8 @@ def two_stages(
     model: LlavaConfig,
     *,
     fresh: tuple[str, ...] = (),
-    objective: NextToken = NextToken(),  # noqa: B008 (frozen)
+    objective: Objective = NextToken(),  # noqa: B008 (frozen)
+    **others: Any,
 ) -> Recipe:
     """Two minutes on a CPU.
 
@@ -36,6 +38,7 @@ def two_stages(
       model: what the dense model becomes in the second stage, in which the tower is frozen.
       fresh: patterns of the parameters that the dense model does not have.
       objective: of the second stage.
+      **others: what else it has that the first one does not.
     """
     pictures = scene(DENSE.tower.image_size)
     dense = Experiment(
@@ -50,14 +53,11 @@ def two_stages(
         save_every=100,
         keep=1,
     )
-    instruct = replace(
-        dense,
-        name="instruct",
-        model=model,
-        fresh=fresh,
-        steps=100,
-        objective=objective,
-        parts=(Part("tower/.*", frozen=True), Part("(connector|decoder)/.*")),
-        optim=replace(dense.optim, lr=5e-3),
-    )
+    changes: dict[str, Any] = {
+        "name": "instruct",
+        "parts": (Part("tower/.*", frozen=True), Part("(connector|decoder)/.*")),
+        "optim": replace(dense.optim, lr=5e-3),
+        **others,
+    }
+    instruct = replace(dense, model=model, fresh=fresh, steps=100, objective=objective, **changes)
     return Recipe(name, (dense, instruct))

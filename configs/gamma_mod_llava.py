@@ -15,6 +15,7 @@ def config() -> Recipe:
     """The recipe."""
     dense = replace(VARIANTS["gamma_mod_llava_7b"], policies=())
     [policy] = VARIANTS["gamma_mod_llava_7b"].policies
-    # The template has no system prompt: five tokens, `<s>USER: `, stand before a picture.
+    # All that stands before a picture, which is 35 tokens with the official system prompt. This
+    # template has none: `<s>`, `▁US`, `ER`, `:`, `▁`.
     model = replace(dense, policies=(replace(policy, text_prefix=5),))
     return two_stages("gamma_mod_llava", model, aligned=dense, fresh=(".*/router/kernel",))

@@ -8,6 +8,7 @@ import pytest
 
 from zoo.models.core.errors import UsageError
 from zoo.train.bench import main, prompts, tokens
+from zoo.train.bench.pages import table
 from zoo.train.bench.plots import tokens_figure
 
 METHODS = ["random", "no_method", "fastv"]
@@ -79,11 +80,38 @@ def test_what_is_there_is_not_measured_again(loaded, asked, measured, monkeypatc
         tokens.bench(loaded, asked, METHODS, [4], out=out, runs=1, decode=2)
 
 
-def test_answers_are_judged(loaded, monkeypatch):
-    said = ["one", "two", "two"]
-    monkeypatch.setattr(type(loaded), "answers", lambda *args, **options: said)
-    batch = prompts.Asked({}, np.array([True, True, False]), ("one", "three", "two"))
-    assert tokens._accuracy(loaded, [batch]) == 0.5
+def test_answers_are_judged(monkeypatch):
+    """Three answers, each the tokens from its first on, up to the end; the last does not count."""
+    first = {"logits": np.eye(9)[[2, 3, 3]]}
+
+    def program(params, batch):
+        return batch["logits"], batch["logits"]
+
+    def step(params, ids, cache):
+        return np.roll(cache, 1, -1), np.roll(cache, 1, -1)
+
+    class Model:
+        params = None
+        speaker = type("Speaker", (), {"decode": lambda self, ids: f" {ids[: ids.index(5)]}"})()
+
+    batch = prompts.Asked(first, np.array([True, True, False]), ("[2, 3, 4]", "[3]", "[3, 4]"))
+    assert tokens._answers(Model(), program, step, first) == ["[2, 3, 4]", "[3, 4]", "[3, 4]"]
+    assert tokens._accuracy(Model(), program, step, [batch]) == 0.5
+    unasked = prompts.Asked(first, np.array([True] * 3), ("",) * 3)
+    assert tokens._accuracy(Model(), program, step, [unasked]) is None
+
+
+def test_the_page(measured):
+    rows, out = measured
+    assert (out / "tokens.md").read_text().startswith("The full model: 100.0 % agrees.")
+    page = table(rows)
+    assert "| method | 4: agrees | 4: FLOPs | 1: agrees | 1: FLOPs |" in page
+    share = of(rows, "fastv", 4)["prefill_flops"] / of(rows, "full", None)["prefill_flops"]
+    [line] = [line for line in page.splitlines() if line.startswith("| fastv |")]
+    assert f"{100 * share:.1f} | 100.0 | 100.0 |" in line
+    assert page.count("no_method") == 2 and "- no_method: UsageError" in page
+    unmeasured = [{**row, "ttft_s": None} for row in rows]
+    assert len(tokens_figure(unmeasured, title="tiny").get_axes()) == 1
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,9 @@ _CHANGING = ("params", "opt_state", "average", "stats", "aux")
 _ONCE = ("frozen", "fixed")
 _NUMBERS = ("step", "key", "skipped", "typical")
 
+FORM = 1
+"""Version of the form described above; checkpoints of another one are refused."""
+
 # Orbax lets the devices that hold copies of an array write a slice of it each, which compiles a
 # program per slice and shape: seconds for a model of kilobytes. Only large arrays are worth it.
 _ARRAYS = ocp.type_handlers.create_type_handler_registry(
@@ -118,7 +121,7 @@ class Checkpoints:
         step = int(state.step)
         path = self.folder / str(step)
         rest = {name: np.asarray(getattr(state, name)).tolist() for name in _NUMBERS}
-        rest["data"] = merged(gathered(data.get_state()))
+        rest |= {"form": FORM, "data": merged(gathered(data.get_state()))}
         trees = _trees(state, _CHANGING)
         if jax.default_backend() == "cpu":
             # What is written there is the very memory that the next step is given to use up. It is
@@ -171,18 +174,25 @@ class Checkpoints:
         """The newest state, on the shardings of `abstract`; `data` goes to its place.
 
         Raises:
-          ZooError: it does not fit the model or cannot be read.
+          ZooError: it is of another form, does not fit the model or cannot be read.
         """
         self.wait()
         path = self.folder / str(self.newest)
         trees = _trees(abstract, _CHANGING)
-        args = ocp.args.Composite(
-            **{name: _restore_onto(tree) for name, tree in trees.items()},
-            rest=ocp.args.JsonRestore(),
-        )
+        args = ocp.args.Composite(**{name: _restore_onto(tree) for name, tree in trees.items()})
+        only_rest = ocp.args.Composite(rest=ocp.args.JsonRestore())
+
+        def put(value: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+            return jax.device_put(np.asarray(value, like.dtype), like.sharding)
+
+        rest: dict[str, Any] = {}
         try:
+            rest = self._checkpointer.restore(path, args=only_rest)["rest"]
+            if (form := rest.get("form", FORM)) != FORM:
+                raise _of_another_form(path, f"{form}, want {FORM}")
+            numbers = {name: put(rest[name], getattr(abstract, name)) for name in _NUMBERS}
             found = self._checkpointer.restore(path, args=args)
-            data.set_state(found["rest"]["data"])
+            data.set_state(rest["data"])
             once = {
                 name: self._restore_once(name, tree)
                 for name, tree in _trees(abstract, _ONCE).items()
@@ -190,13 +200,11 @@ class Checkpoints:
         except ZooError:
             raise
         except Exception as error:
+            if rest and (differs := _difference(path, rest, trees)):
+                raise _of_another_form(path, differs) from error
             raise ZooError(f"checkpoint {path} could not be restored: {_why(error)}") from error
-
-        def put(value: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
-            return jax.device_put(np.asarray(value, like.dtype), like.sharding)
-
         return abstract.replace(
-            **{name: put(found["rest"][name], getattr(abstract, name)) for name in _NUMBERS},
+            **numbers,
             **{name: found[name] for name in trees},
             **once,
             fault=put(HEALTHY, abstract.fault),
@@ -315,6 +323,41 @@ def _trees(state: TrainState, names: Iterable[str]) -> dict[str, Any]:
     """Those of these fields that hold anything."""
     found = {name: getattr(state, name) for name in names}
     return {name: tree for name, tree in found.items() if jax.tree.leaves(tree)}
+
+
+def _of_another_form(path: Path, why: str) -> ZooError:
+    return ZooError(
+        f"checkpoint {path} is of another form than this version reads ({why}): finish the run "
+        "with the version that began it, or begin again in another output folder"
+    )
+
+
+def _difference(path: Path, rest: Mapping[str, Any], trees: Mapping[str, Any]) -> str | None:
+    """What a checkpoint lacks, or has beyond what is asked for; None if neither."""
+    wanted, found = {*trees, *_NUMBERS, "data"}, {*rest} - {"form"}
+    found |= {name for name in _CHANGING if (path / name).is_dir()}
+    for name in found & trees.keys():
+        stored = ocp.PyTreeCheckpointHandler().metadata(path / name).tree
+        found |= {f"{name}/{leaf}" for leaf in _leaves(stored)}
+        wanted |= {f"{name}/{leaf}" for leaf in _leaves(trees[name])}
+    if missing := sorted(wanted - found):
+        return f"{missing[0]} is missing"
+    if surplus := sorted(found - wanted):
+        return f"{surplus[0]} is unknown to it"
+    return None
+
+
+def _leaves(tree: Any) -> set[str]:
+    """The paths of the leaves."""
+    names = (tuple(map(_key, path)) for path, _ in jax.tree.leaves_with_path(tree))
+    return {"/".join(path) for path in names}
+
+
+def _key(entry: Any) -> str:
+    """A step of a path, whatever sort of node it leaves: on the disk all are mappings."""
+    return str(
+        next(getattr(entry, name) for name in ("key", "name", "idx") if hasattr(entry, name))
+    )
 
 
 def _checkpointer() -> ocp.Checkpointer:

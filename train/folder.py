@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.models.core.codec import decode, diff, encode, show_diff
+from zoo.models.core.codec import decode, diff, encode, of_another_version, show_diff
 from zoo.models.core.errors import UsageError, ZooError
 from zoo.processors.text import Tokenizer
 from zoo.processors.vlm import Processor
@@ -45,6 +45,11 @@ def claim(folder: Path, experiment: Experiment) -> None:
         shutil.rmtree(folder / PROCESSOR, ignore_errors=True)
     else:
         changes = forbidden(diff(_read(file), new), experiment)
+        if fields := of_another_version(changes):
+            raise UsageError(
+                f"{folder} holds a run of another version, which knows other fields "
+                f"({', '.join(fields)}): finish it with that one, or choose another output folder"
+            )
         if changes:
             raise UsageError(
                 f"{folder} holds a run with another configuration:\n{show_diff(changes)}\n"

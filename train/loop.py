@@ -48,7 +48,7 @@ from zoo.train.metrics import Journal, MetricsWriter, NoMetrics
 from zoo.train.parts import joined
 from zoo.train.progress import Bar
 from zoo.train.setup import Setup
-from zoo.train.start import starting_params, starting_stats, starting_tokenizer
+from zoo.train.start import starting_tokenizer, starting_variables
 from zoo.train.state import HEALTHY, TrainState, describe, norms_by_part
 from zoo.train.step import make_eval_step
 from zoo.train.stop import SharedStop
@@ -59,7 +59,7 @@ OnEval = Callable[[nn.Module, Any, int], Mapping[str, float]]
 _STEPS_AHEAD = 2
 """How many steps the host may prepare before their results are there."""
 
-_BATCHES_AHEAD = 2
+BATCHES_AHEAD = 2
 """How many batches are brought to the devices before they are asked for."""
 
 
@@ -168,7 +168,7 @@ def train(
             workers=experiment.workers,
         )
         # Devices of their own work while the next batches come; a CPU has its hands full.
-        ahead = 0 if jax.default_backend() == "cpu" else _BATCHES_AHEAD
+        ahead = 0 if jax.default_backend() == "cpu" else BATCHES_AHEAD
         batches = Feed(iter(pipeline), lambda batch: put_batch(batch, sharding), ahead)
         stack.callback(batches.close)
         for problem in batches.faults:
@@ -192,17 +192,15 @@ def train(
             step = 0
             begun: tuple[Any, ...] = ()
             if starts:
-                begun = (
-                    starting_params(
-                        starts,
-                        experiment.fresh,
-                        experiment.model,
-                        boxed,
-                        mesh,
-                        experiment.seed,
-                        journal.say,
-                    ),
-                    starting_stats(starts, abstract.stats),
+                begun = starting_variables(
+                    starts,
+                    experiment.fresh,
+                    experiment.model,
+                    boxed,
+                    abstract.stats,
+                    mesh,
+                    experiment.seed,
+                    journal.say,
                 )
             state = setup.begin(abstract, *begun)
             if experiment.faults.do == "rewind":

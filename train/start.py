@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from zoo.convert.place import flat_paths, nested, shardings_of
 from zoo.convert.transfer import Transfer
-from zoo.loading import load, saved_stats
+from zoo.loading import load
 from zoo.models.core.config import ModelConfig
 from zoo.models.core.errors import UsageError
 from zoo.processors.text import Tokenizer
@@ -23,25 +23,31 @@ _LISTED = 12
 """The most parameters that a message lists."""
 
 
-def starting_params(
+def starting_variables(
     starts: Sequence[Start],
     fresh: Sequence[str],
     config: ModelConfig,
     boxed: Any,
+    stats: Any,
     mesh: Mesh,
     seed: int,
     say: Callable[[str], None],
-) -> Any:
-    """All parameters of a model, float32, on the mesh.
+) -> tuple[Any, Any]:
+    """All parameters of a model, float32, on the mesh, and its running statistics.
 
     Args:
       starts: where they are from; what several have, the last one gives.
-      fresh: patterns of those that are drawn.
+      fresh: patterns of the parameters that are drawn.
       config: of the model.
       boxed: shapes and logical names of its parameters.
-      mesh: where they lie.
+      stats: shapes of its running statistics.
+      mesh: where all lie.
       seed: of what is drawn.
       say: is told in a line for each source how much of it was taken.
+
+    Returns:
+      The parameters, and the statistics; None for these if some are in no source, or have another
+      shape there: those of a new model are taken.
 
     Raises:
       UsageError: a parameter is in no source and matches no pattern, or has another shape there; or
@@ -50,12 +56,14 @@ def starting_params(
     wanted = flat_paths(nn.unbox(boxed))
     new = _matched(fresh, wanted)
     found: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     for start in starts:
-        theirs = flat_paths(load(start.source, mesh=mesh, dtype="float32").params)
-        taken = {start.place(path): leaf for path, leaf in theirs.items()}
+        theirs = load(start.source, mesh=mesh, dtype="float32")
+        taken = {start.place(path): leaf for path, leaf in flat_paths(theirs.params).items()}
         taken = {path: leaf for path, leaf in taken.items() if path in wanted and path not in new}
         say(f"{len(taken)} of {len(wanted)} parameters are taken from {start.source}")
         found |= taken
+        known |= {start.place(path): leaf for path, leaf in flat_paths(theirs.stats).items()}
     problems = [f"{path} is not there" for path in wanted if path not in new and path not in found]
     problems += [
         f"{path} is {leaf.shape} there, want {wanted[path].shape}"
@@ -70,28 +78,11 @@ def starting_params(
             f"{listed}{more}\nname those that shall be drawn in `fresh`, or change the model"
         )
     plan = Transfer(config, boxed, new, frozenset())
-    return nested(found | plan.fresh(seed, shardings_of(boxed, mesh), np.dtype("float32")))
-
-
-def starting_stats(starts: Iterable[Start], wanted: Any) -> Any:
-    """The running statistics of the models among them that were trained here.
-
-    Args:
-      starts: where they are from; what several have, the last one gives.
-      wanted: shapes of those that the model keeps.
-
-    Returns:
-      All of them; None if some are in no source, or have another shape there: a new model's are
-      taken.
-    """
-    shapes = {path: leaf.shape for path, leaf in flat_paths(wanted).items()}
-    found: dict[str, Any] = {}
-    for start in starts:
-        for folder in (Path(start.source) / MODEL, Path(start.source)):
-            theirs = flat_paths(saved_stats(folder)).items()
-            found |= {start.place(path): np.asarray(leaf) for path, leaf in theirs}
-    taken = {path: leaf for path, leaf in found.items() if shapes.get(path) == leaf.shape}
-    return nested(taken) if taken.keys() == shapes.keys() else None
+    params = nested(found | plan.fresh(seed, shardings_of(boxed, mesh), np.dtype("float32")))
+    shapes = {path: leaf.shape for path, leaf in flat_paths(nn.unbox(stats)).items()}
+    kept = {path: np.asarray(leaf) for path, leaf in known.items() if path in shapes}
+    complete = {path: leaf.shape for path, leaf in kept.items()} == shapes
+    return params, nested(kept) if complete else None
 
 
 def starting_tokenizer(starts: Iterable[Start]) -> Tokenizer | None:

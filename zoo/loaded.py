@@ -1,7 +1,6 @@
 """A model with everything that it needs, ready to be asked."""
 
 import contextlib
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,19 +8,24 @@ from typing import Any, Protocol, overload, runtime_checkable
 
 import flax.linen as nn
 import jax
+import numpy as np
 
-from zoo.convert.place import flat_paths, nested, shardings_of
+from zoo.convert.place import apart, flat_paths, nested, shardings_of, together
 from zoo.convert.transfer import plan_transfer
 from zoo.generate.autoregressive import Answers, Decoding, Reader, reading
 from zoo.generate.sampling import Sampling
 from zoo.generate.text import spoken
 from zoo.images import Source
+from zoo.models.core.compiled import jit
 from zoo.models.core.config import ModelConfig
 from zoo.models.core.errors import UsageError
 from zoo.models.core.registry import override
 from zoo.models.core.types import Array, Batch
+from zoo.models.parts.assemblies.dual import DualConfig
 from zoo.models.parts.assemblies.language import LanguageModel
+from zoo.processors.guide import question_of
 from zoo.processors.vlm import Processor
+from zoo.zeroshot import class_head
 
 Images = Source | Sequence[Source] | None
 """What a prompt shows: one picture, several in the order of their places, or none."""
@@ -45,7 +49,9 @@ class Speaker(Protocol):
         ...
 
     def encode_prompt(self, images: Any, prompts: Any) -> Batch:
-        """A batch of prompts, each with its pictures."""
+        """A batch of prompts, each with its pictures. For models with a reducer, which are given as
+        `reducer`, it marks in `guide` the question by which one that reads text chooses.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -61,12 +67,13 @@ class Loaded:
       folder: where it was loaded from.
       config: builds the module.
       model: the Flax module.
-      params: its parameters; `model.apply({"params": params}, batch)`.
+      params: its parameters.
       processor: from pictures and text to batches, and from ids to text: a `Speaker` for a model
         that answers, None for a checkpoint without a tokenizer.
       about: where it is from, such as the experiment and the step.
-      stats: its running statistics, of a model that was trained here and keeps some.
+      stats: its running statistics, such as those of batch norms; {} where it keeps none.
       decoding: how answers are decoded where it is not from the plain reading of the prompt alone.
+      text_encoder: see `guided_by`.
     """
 
     folder: Path
@@ -77,6 +84,7 @@ class Loaded:
     about: dict[str, Any]
     stats: Any = field(default_factory=dict)
     decoding: Decoding | None = None
+    text_encoder: "Loaded | None" = None
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -195,7 +203,8 @@ class Loaded:
         except ValueError as error:
             raise UsageError(f"{name}: {error}") from error
         plan = plan_transfer(self.config, config, name)
-        flat = {p: x for p, x in flat_paths(self.params).items() if p not in plan.unused}
+        had = flat_paths(together(self.params, self.stats))
+        flat = {path: leaf for path, leaf in had.items() if path not in plan.unused}
         about = {key: value for key, value in self.about.items() if key not in ("new", "unused")}
         if plan.new:
             meshes = (getattr(leaf.sharding, "mesh", None) for leaf in jax.tree.leaves(self.params))
@@ -203,8 +212,9 @@ class Loaded:
             flat |= plan.fresh(seed, shardings_of(plan.boxed, mesh), None)
         if plan.new or plan.unused:
             about |= {"new": sorted(plan.new), "unused": sorted(plan.unused)}
-        params = nested(flat)
-        return replace(self, config=config, model=config.build(), params=params, about=about)
+        params, stats = apart(nested(flat))
+        changed: dict[str, Any] = {"config": config, "params": params, "stats": stats}
+        return replace(self, model=config.build(), about=about, **changed)
 
     def answers(
         self,
@@ -245,16 +255,57 @@ class Loaded:
         reader, masked = reading(self.model, budget)
         inputs = {name: array for name, array in batch.items() if name != "labels"}
         with _refusing(budget):
-            return _logits(reader, self.params, inputs, masked)
+            return _logits(reader, self.variables, inputs, masked)
 
     def encode(self, images: Any, prompts: Any, system: str | None = None) -> Batch:
-        """The batch of what `generate` is asked, as `answers` and `logits` take it."""
-        speaker = self.speaker
-        if system is None:
-            return speaker.encode_prompt(images, prompts)
-        if isinstance(speaker, Processor):
-            raise UsageError("this model has learned no system text: leave it out")
-        return speaker.encode_prompt(images, prompts, system=system)
+        """The batch of what `generate` is asked, as `answers` and `logits` take it. With a method
+        that chooses vision tokens by the text, the batch says which text that is.
+
+        Raises:
+          UsageError: as `generate`, or the method wants a vector of the text and there is no
+            encoder that makes it.
+        """
+        speaker, options = self.speaker, {}
+        if system is not None:
+            if isinstance(speaker, Processor):
+                raise UsageError("this model has learned no system text: leave it out")
+            options["system"] = system
+        config: Any = self.config
+        if not getattr(config, "reducing", False):
+            return speaker.encode_prompt(images, prompts, **options)
+        batch = speaker.encode_prompt(images, prompts, reducer=config.reducer, **options)
+        if "guide_vector" in config.reducer.inputs(1):
+            batch = {**batch, "guide_vector": self._vectors(prompts)}
+        return batch
+
+    def guided_by(self, encoder: "Loaded") -> "Loaded":
+        """The same model for a method that chooses vision tokens by a vector of the question, which
+        a dual encoder makes.
+
+            clip = zoo.load("openai/clip-vit-large-patch14-336")
+            model = model.with_(reducer=RecoverableCompression(embedding_dim=768)).guided_by(clip)
+
+        Raises:
+          UsageError: the encoder reads no texts.
+        """
+        if not isinstance(encoder.config, DualConfig):
+            kind = type(encoder.config).__name__
+            raise UsageError(f"a {kind} has no embeddings of texts: want a dual encoder, as CLIP")
+        return replace(self, text_encoder=encoder)
+
+    def _vectors(self, prompts: Any) -> np.ndarray:
+        """The questions as the text encoder has them, float32 [B, P]."""
+        if self.text_encoder is None:
+            raise UsageError(
+                f"{type(self.config.reducer).__name__} chooses vision tokens by a vector of the "  # type: ignore[attr-defined]
+                "question: say by whose, with `guided_by(zoo.load('openai/clip-vit-…'))`, or make "
+                "the batch yourself, with `guide_vector`"
+            )
+        single = isinstance(prompts, str) or isinstance(prompts[0], Mapping)
+        questions = [question_of(prompt) for prompt in ([prompts] if single else prompts)]
+        if not all(questions):
+            raise UsageError("a prompt asks no question, by which vision tokens would be chosen")
+        return class_head(self.text_encoder, questions, templates=("{}",))
 
     def reader(self, budget: int | Array | None = None) -> tuple[Reader, Array | None]:
         """What answers are decoded with, and the budget if it is data."""
@@ -295,7 +346,7 @@ class Loaded:
         with _refusing(budget):
             return Answers(
                 reader,
-                self.params,
+                self.variables,
                 batch,
                 max_new_tokens=max_new_tokens,
                 eos_id=self.speaker.stop_ids,
@@ -324,6 +375,6 @@ def _refusing(budget: int | Array | None) -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
-@functools.partial(jax.jit, static_argnames="reader")
-def _logits(reader: Reader, params: Any, batch: Batch, budget: Array | None) -> Array:
-    return reader.logits(params, batch, budget)
+@jit(static_argnames="reader")
+def _logits(reader: Reader, variables: Any, batch: Batch, budget: Array | None) -> Array:
+    return reader.logits(variables, batch, budget)

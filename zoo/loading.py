@@ -11,7 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from zoo.convert.adapter import read_adapter
 from zoo.convert.checkpoint import Checkpoint, open_checkpoint
@@ -19,7 +19,9 @@ from zoo.convert.folder import is_checkpoint
 from zoo.convert.hub import folder_of
 from zoo.convert.parts import StoredParts
 from zoo.convert.place import (
-    abstract_params,
+    STATS,
+    abstract_variables,
+    apart,
     as_float,
     flat_paths,
     nested,
@@ -35,7 +37,7 @@ from zoo.models.core.keytable import Piece
 from zoo.models.core.registry import Base, base, override
 from zoo.processors.pictures import PICTURES, Pictures
 from zoo.processors.vlm import Processor
-from zoo.saving import CONFIG, MODEL, PARAMS, SOURCE, STATS, TENSORS, read_description
+from zoo.saving import CONFIG, MODEL, PARAMS, SOURCE, STATS_FILE, TENSORS, read_description
 from zoo.whole import MANIFEST
 
 _PROCESSING = (
@@ -78,7 +80,7 @@ def load(
         `zoo.models.parts.layers.stack.restack` makes arrays of them.
       dtype: "float32", "bfloat16" or "float16", of parameters and computation. By default
         parameters keep the dtype that they are stored in, and what is computed from them is
-        float32. New parameters are float32 by default.
+        float32. New parameters are float32 by default, running statistics always.
       seed: of new parameters.
       adapter: a folder, or a name on the hub, with low-rank adapters in the layout of `peft` for
         this model; they stand beside its kernels, see `zoo.models.parts.layers.operands`, of which
@@ -100,7 +102,7 @@ def load(
         raise UsageError(f"{source}: {error}") from error
     if target is not None:
         stored, config = (with_dtype(each, target.name) for each in (stored, config))
-    boxed = abstract_params(stored)
+    boxed = abstract_variables(stored)
     if theirs is not None:
         pieces = theirs.pieces()
     elif (folder / TENSORS).is_file():
@@ -108,21 +110,21 @@ def load(
     else:
         pieces = _saved(folder, boxed)
     # Where cutting a row out of a stacked parameter would copy it.
-    apart = mesh is None and jax.default_backend() == "cpu"
+    in_rows = mesh is None and jax.default_backend() == "cpu"
     if config == stored:
-        params = place(pieces, shardings_of(boxed, mesh), target, apart=apart)
+        tree = place(pieces, shardings_of(boxed, mesh), target, in_rows=in_rows)
     else:
         plan = plan_transfer(stored, config, source)
         shardings = shardings_of(plan.boxed, mesh)
-        params = place(plan.carried(pieces), shardings, target, apart=apart)
+        tree = place(plan.carried(pieces), shardings, target, in_rows=in_rows)
         fresh = plan.fresh(seed, shardings, target)
-        params = nested(flat_paths(params) | fresh)
+        tree = nested(flat_paths(tree) | fresh)
         about = {**about, "new": sorted(fresh), "unused": sorted(plan.unused)}
+    params, stats = apart(tree)
     if adapter is not None:
         home = architecture(stored, about)
-        given = (folder_of(adapter), params, boxed, home, stored, mesh, target)
+        given = (folder_of(adapter), params, apart(boxed)[0], home, stored, mesh, target)
         params, about = read_adapter(*given), {**about, "adapter": str(adapter)}
-    stats = saved_stats(folder, mesh) if config == stored else {}
     processor = _processor(folder, config)
     return Loaded(folder, config, config.build(), params, processor, about, stats)
 
@@ -170,15 +172,6 @@ def _open(
     return folder, None, description.config, description.about
 
 
-def saved_stats(folder: Path, mesh: Mesh | None = None) -> dict[str, Any]:
-    """The running statistics in the folder of a model, on every device; {} where it keeps none."""
-    if not (folder / STATS).is_file():
-        return {}
-    tensors = read_safetensors(folder / STATS)
-    where = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    return nested({path: jax.device_put(np.asarray(leaf), where) for path, leaf in tensors.items()})
-
-
 def _processor(folder: Path, config: ModelConfig) -> Any:
     """The processor that belongs to the model; None where its files are not there."""
     if (folder / "processor.json").is_file():
@@ -201,8 +194,11 @@ def _converted(folder: Path, boxed: Any) -> Iterator[Piece]:
 
 
 def _saved(folder: Path, boxed: Any) -> Iterator[Piece]:
-    """The parameters that `save_model` has written, each as one piece."""
+    """What `save_model` has written, each array as one piece."""
     tensors = read_safetensors(folder / PARAMS)
+    if (folder / STATS_FILE).is_file():
+        stats = read_safetensors(folder / STATS_FILE)
+        tensors |= {f"{STATS}/{path}": tensor for path, tensor in stats.items()}
     _check(folder / PARAMS, {path: tensor.shape for path, tensor in tensors.items()}, boxed)
 
     def read(path: str) -> dict[str, np.ndarray]:

@@ -38,7 +38,7 @@ ADAPTER = "adapter"
 LAYOUT = 1
 """Version of the form described above; another one is refused."""
 
-PARAMS, STATS, CONFIG = "params.safetensors", "stats.safetensors", "config.json"
+PARAMS, STATS_FILE, CONFIG = "params.safetensors", "stats.safetensors", "config.json"
 
 PARTS, TENSORS, SOURCE = "params", "tensors.json", "source"
 """What a converted checkpoint has in place of `PARAMS` and of the processor's files."""
@@ -79,7 +79,7 @@ def save_model(
             shutil.rmtree(leftover, ignore_errors=True)
         new.mkdir(parents=True)
         (new / CONFIG).write_text(json.dumps(described, indent=2) + "\n", "utf-8")
-        for name, tree in ((PARAMS, params), (STATS, stats)):
+        for name, tree in ((PARAMS, params), (STATS_FILE, stats)):
             if tree:
                 flat = flatten_dict(jax.device_get(tree)).items()
                 named = {"/".join(path): leaf for path, leaf in flat}

@@ -8,15 +8,14 @@
 Follows: arXiv:2103.00020, section 3.1, and arXiv:2303.15343 for probabilities of single pairs.
 """
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zoo.models.core.compiled import jit
 from zoo.models.core.errors import UsageError
 from zoo.models.core.types import Array
 from zoo.models.parts.assemblies.dual import DualConfig
@@ -134,12 +133,12 @@ def judge(
     return np.concatenate(parts)
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@jit(static_argnames="model")
 def _texts(model: nn.Module, params: Any, ids: Array, mask: Array | None) -> Array:
     return model.apply({"params": params}, ids, mask, method="encode_text")
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@jit(static_argnames="model")
 def _probabilities(model: nn.Module, params: Any, pixels: Array, head: Array) -> Array:
     image = model.apply({"params": params}, pixels, method="encode_image")
     return model.apply({"params": params}, image, head, method="probabilities")

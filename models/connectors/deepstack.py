@@ -9,6 +9,7 @@ has to be learned that LLaVA-1.5 does not have.
 Follows: arXiv:2406.04334; groups from layers of the tower follow Qwen3-VL, arXiv:2511.21631.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from zoo.models.core.card import Card
-from zoo.models.core.keytable import Row, Table, linear
+from zoo.models.core.keytable import AnyRow, Row, Table, linear
 from zoo.models.core.registry import register
 from zoo.models.core.types import Array, Features, Stream, Tokens, TokenSet, Visual
 from zoo.models.parts.assemblies.llava import LlavaConfig, llava_table
@@ -36,7 +37,8 @@ CARD = Card(
         "Groups are made of the tower's tokens, before the connector instead of after it: the same "
         "numbers for one that works token by token, and any other connector can be used.",
         "Layers that the decoder does not have are refused; the official code passes over them.",
-        "The tower with five further layers (a start after its last one) is not built.",
+        "The tower's further layers, for a start after its last one, are asked for (`added`) and "
+        "may be any number; the official code appends five of its own accord.",
     ),
 )
 
@@ -225,12 +227,16 @@ class DeepStackV(ViTConfig):
 
     Attributes:
       start: layer, from 0, before which the first group is added; by default the middle one.
+      added: of the `depth` layers, how many at the end checkpoints of the plain tower lack.
     """
 
     start: int | None = None
+    added: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.added < self.depth:
+            raise ValueError(f"added = {self.added}: want 0 or more, and less than {self.depth}")
         if not 0 <= self.first < self.depth:
             raise ValueError(f"start = {self.start}: the tower has layers 0 to {self.depth - 1}")
 
@@ -363,7 +369,25 @@ def table(config: LlavaConfig) -> Table:
         rows.append(Row(f"connector/{path}/bias", f"model.mm_projector.{key}.bias"))
     if config.newline:
         rows.append(Row("newline", "model.image_newline"))
-    return llava_table(config) + Table(tuple(rows))
+    found = llava_table(config)
+    if isinstance(config.tower, DeepStackV) and config.tower.added:
+        found = _with_added(found, config.tower)
+    return found + Table(tuple(rows))
+
+
+def _with_added(table: Table, tower: DeepStackV) -> Table:
+    """The table of a tower whose last layers stand beside those of the plain one."""
+    plain, own = "vision_tower.vision_model.encoder.layers.", tower.depth - tower.added
+    names = [f"{plain}{n}" for n in range(own)]
+    names += [f"post_encoder.{n}" for n in range(tower.added)]
+
+    def rename(row: AnyRow) -> AnyRow:
+        if not isinstance(row, Row) or not row.paths[0].startswith("tower/stack/"):
+            return row
+        keys = tuple(key.replace(plain, "") for key in row.keys)
+        return dataclasses.replace(row, keys=keys, steps=tuple(names))
+
+    return Table(tuple(map(rename, table.rows)))
 
 
 register(CARD, VARIANTS, table=table)

@@ -56,6 +56,19 @@ def show_diff(changes: Mapping[str, tuple[Any, Any]]) -> str:
     return "\n".join(f"  {path}: {old} → {new}" for path, (old, new) in changes.items())
 
 
+def of_another_version(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """The paths of those changes that no values explain: a field is there in one of two objects of
+    the same class only.
+    """
+
+    def explained(path: str) -> bool:
+        parent = path.rpartition(".")[0]
+        other_class = f"{parent}.{CLASS}".lstrip(".") in changes
+        return other_class or any(other.startswith(f"{path}.") for other in changes)
+
+    return [path for path, pair in changes.items() if _ABSENT in pair and not explained(path)]
+
+
 def _encode(value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [f.name for f in dataclasses.fields(value) if f.init]

@@ -239,6 +239,12 @@ class Table:
         """{second name: first name} of the tensors of theirs that have two."""
         return {row.key: row.of for row in self.rows if isinstance(row, Alias)}
 
+    @property
+    def ignored(self) -> re.Pattern[str] | None:
+        """What the whole keys match that are passed over; None if none are."""
+        patterns = [row.pattern for row in self.rows if isinstance(row, Ignored)]
+        return re.compile("|".join(f"(?:{each})" for each in patterns)) if patterns else None
+
     def shapes(self, params: Mapping[str, Any]) -> dict[str, Shape]:
         """{their key: shape} of the whole checkpoint, from our parameters or their shapes alone."""
         flat_params = _flatten(params)
@@ -276,10 +282,8 @@ class Table:
         return (piece for row in rows for piece in _pieces(row, state, flat_params))
 
     def _without_ignored(self, state: State) -> State:
-        patterns = [row.pattern for row in self.rows if isinstance(row, Ignored)]
-        if not patterns:
+        if (ignored := self.ignored) is None:
             return state
-        ignored = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
         return {key: state[key] for key in state if not ignored.fullmatch(key)}
 
     def _largest_first(self, flat_params: Mapping[str, Any]) -> list[Row]:

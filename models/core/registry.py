@@ -57,6 +57,7 @@ class Base:
       paper: "arXiv:<id>", or empty.
       variants: published sizes by name; the first one is the default.
       table: from a configuration to the key table of the hub's checkpoints; `zoo export` writes it.
+        Running statistics stand below `stats/`, beside the parameters.
       hf: {`model_type`: reader of its `config.json`}.
       renames: (regular expression, replacement) pairs that turn keys of other layouts of the same
         checkpoint into those of `table`; every pair is applied to every key, in order.

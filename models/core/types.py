@@ -28,8 +28,13 @@ A *batch* is a flat mapping of reserved names to arrays; a model reads those tha
                towers that take these instead of `pixels`; with them come `patch_grid` [B, P, 2],
                `patch_segment` [B, P], `patch_frame` [B, G, K] and `patch_window` [B, W, K'], all
                int32, which `parts/towers/qwen_vit.py` explains
-    classes    [B] int32, the class of each image, for training classifiers
+    classes    [B] int32, the class of each image, for training classifiers; [B, *grid], the class
+               of each pixel or voxel, for segmentation
+    kept       which sub-network each example goes through, for models that are many in one
     token_types [B, T] int32, the segment embedding of BERT
+    object_ids [B, T] int32 and `object_mask` [B, T] bool, the text that names an object of each
+               image, and `patch_labels` [B, N] float32, which patches it covers: 1, 0, or negative
+               where that is not known
     context    [B, S, D'] and `context_mask` [B, S] bool, what cross-attention reads
     labels     [B, T] int32, aligned with `ids`; `IGNORE` where nothing is learned
     text_mask  [B, T] bool, False on padding
@@ -216,6 +221,7 @@ class Features:
       taps: {layer: [..., N (+ prefix tokens), D]} the output of that layer (0 is the input of the
         first).
       qk: {layer: (q, k)} each [..., N (+ prefix tokens), H, E], after the projection biases.
+      aux: what the layers that were run report, in their order; () of towers without policies.
       pyramid: of a hierarchical tower, the output [..., h_i, w_i, C_i] of each stage, the finest
         first, before any norm at the end of the tower; () of others.
     """
@@ -226,6 +232,7 @@ class Features:
     cls: Array | None = None
     taps: dict[int, Array] = struct.field(default_factory=dict)
     qk: dict[int, tuple[Array, Array]] = struct.field(default_factory=dict)
+    aux: tuple[Aux, ...] = ()
     pyramid: tuple[Array, ...] = ()
 
 

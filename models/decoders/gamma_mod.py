@@ -205,9 +205,19 @@ class SkipTokens(LayerPolicy):
         )
         # How many of the tokens that run are image tokens differs: the number is a bound.
         part = Stream(hidden, tokens, min(stream.slots, hidden.shape[1]))
-        part, state, _ = layer.attention(part, state, memory)
-        branch = layer.feed_forward(part, memory)
-        rows = part.hidden + weight[..., None].astype(branch.dtype) * branch
+
+        def compute(part: Stream, state: Any) -> tuple[Array, Any]:
+            part, state, _ = layer.attention(part, state, memory)
+            branch = layer.feed_forward(part, memory)
+            return part.hidden + weight[..., None].astype(branch.dtype) * branch, state
+
+        def leave(part: Stream, state: Any) -> tuple[Array, Any]:
+            return part.hidden, state
+
+        if self._skips(state):  # where no row's token runs, neither weights nor cache are read
+            rows, state = jax.lax.cond(runs.any(), compute, leave, part, state)
+        else:
+            rows, state = compute(part, state)
         if index is None:
             out = jnp.where(runs[..., None], rows, stream.hidden)
         else:
@@ -239,8 +249,8 @@ class SkipTokens(LayerPolicy):
         """
         c, valid = self.config, stream.tokens.valid
         if isinstance(state, KV):
-            skips = c.style == "llava_hr"
-            return None, valid & (probability >= c.decode_threshold) if skips else valid
+            runs = valid & (probability >= c.decode_threshold)
+            return None, runs if self._skips(state) else valid
         prefix = stream.slots + c.text_prefix
         text_alone = not stream.slots or probability.shape[1] <= prefix
         if self._learning(state):
@@ -282,7 +292,7 @@ class SkipTokens(LayerPolicy):
 
     def _positions(self, tokens: Tokens, runs: Array, state: Any) -> Array:
         """Positions that count the tokens that run, after those in the layer's cache."""
-        if isinstance(state, KV) and self.config.style == "mini_gemini":
+        if isinstance(state, KV) and not self._skips(state):
             return tokens.position
         segment = {name: tokens.tags[name] for name in ("segment",) if name in tokens.tags}
         position = Tokens.sequence(runs & tokens.valid, **segment).position
@@ -291,6 +301,10 @@ class SkipTokens(LayerPolicy):
         if isinstance(state, KV):
             position += state.tokens.valid.sum(-1, keepdims=True)
         return position
+
+    def _skips(self, state: Any) -> bool:
+        """Whether new tokens may leave out the layer."""
+        return isinstance(state, KV) and self.config.style == "llava_hr"
 
     def _learning(self, state: Any) -> bool:
         return state is None and self.config.without_cache == "train"

@@ -39,7 +39,8 @@ CARD = Card(
         "token; where it makes them of all patches, its tokens stand for themselves.",
         "Where a model interpolates between tokens (large pictures and videos of LLaVA-OneVision), "
         "the tokens of all tiles are chosen from together.",
-        "Qwen2.5-VL is not among the models that take it.",
+        "Of Qwen2-VL and Qwen2.5-VL a share of each prompt's tokens is kept, those of all its "
+        "pictures together; the official temperature for Qwen2.5-VL is `text_temperature=0.01`.",
     ),
 )
 

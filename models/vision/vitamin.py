@@ -19,11 +19,8 @@ from zoo.models.core.keytable import (
     Row,
     Table,
     conv,
-    flat,
-    linear,
     norm_rows,
     pointwise,
-    split,
     weight_rows,
 )
 from zoo.models.core.registry import register
@@ -45,6 +42,7 @@ from zoo.models.parts.towers.vit import (
     ViT,
     ViTBlock,
     ViTConfig,
+    fused_layer_rows,
     layer_rows,
     ones,
 )
@@ -366,11 +364,6 @@ def _block_rows(ours: str, theirs: str, steps: tuple[int, ...] | None) -> list[A
 
 def dual_table(config: DualConfig) -> Table:
     """Keys of the official dual encoders, which are those of OpenCLIP."""
-    steps, layers, at = (
-        tuple(range(config.text.depth)),
-        "text/stack/layers",
-        "text.transformer.resblocks.{}.",
-    )
     rows: list[AnyRow] = [
         Row("logit_scale", "logit_scale"),
         *weight_rows("image_projection", "visual.head.proj", bias=False),
@@ -378,15 +371,8 @@ def dual_table(config: DualConfig) -> Table:
         Row("text/token/embedding", "text.token_embedding.weight"),
         Row("text/position", "text.positional_embedding"),
         *norm_rows("text/final_norm", "text.ln_final"),
-        *norm_rows(f"{layers}/attn_norm", f"{at}ln_1", steps=steps),
-        *norm_rows(f"{layers}/mlp_norm", f"{at}ln_2", steps=steps),
-        *weight_rows(f"{layers}/out", f"{at}attn.out_proj", linear(2), steps=steps),
-        *weight_rows(f"{layers}/up", f"{at}mlp.c_fc", steps=steps),
-        *weight_rows(f"{layers}/down", f"{at}mlp.c_proj", steps=steps),
+        *fused_layer_rows("text/stack/layers", "text.transformer.resblocks.{}.", config.text.depth),
     ]
-    for leaf, key, each in (("kernel", "weight", linear()), ("bias", "bias", flat)):
-        paths = tuple(f"{layers}/{name}/{leaf}" for name in "qkv")
-        rows.append(Row(paths, f"{at}attn.in_proj_{key}", split(3, each), steps))
     tower = tower_table(config.vision).under("vision", "visual.trunk.")
     return tower + Table(tuple(rows))
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.models.draw import draw
+from zoo.convert.place import abstract_variables
 from zoo.models.core import registry
 from zoo.models.core.errors import UsageError, ZooError
 from zoo.models.core.hf import Fields
@@ -40,7 +41,7 @@ def test_names_resolve_and_shard(slug):
 def test_conversion_there_and_back(slug):
     base = registry.base(slug)
     (tiny,) = (config for name, config in base.variants.items() if name.endswith("_tiny"))
-    table, params = base.table(tiny), draw(shapes(tiny))
+    table, params = base.table(tiny), draw(abstract_variables(tiny))  # statistics among them
     state = table.save(params)
     jax.tree.map(np.testing.assert_array_equal, table.load(state, params), params)
     key = sorted(state.keys() - table.aliases.keys())[0]

@@ -1,6 +1,7 @@
 """DeepStack: how crops become groups, where they are added, and what they leave as it was."""
 
 import dataclasses
+import json
 from functools import partial
 
 import flax.linen as nn
@@ -8,21 +9,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import zoo
 from tests.models.draw import draw
 from tests.models.test_systems import random_batch, shapes
+from tests.processors.test_hub import write_checkpoint
+from zoo.cli import main
 from zoo.models.connectors.deepstack import DeepStack, DeepStackV, Levels, Views
 from zoo.models.connectors.mqt import MQT
 from zoo.models.core import registry
+from zoo.models.core.errors import UsageError
 from zoo.models.core.types import Stream, Tokens
+from zoo.models.parts.assemblies.llava import LlavaConfig
 from zoo.models.parts.connect.crops import Crops, deal
+from zoo.models.parts.decoders.gqa import DecoderConfig
 from zoo.models.parts.decoders.policies import AddTap, wrap
 from zoo.models.parts.layers.block import Block
 from zoo.models.parts.layers.plan import Step, layers
 from zoo.models.parts.layers.stack import Stack
 from zoo.models.parts.towers.vit import ViTConfig
 from zoo.processors import tiling
+from zoo.processors.hf import load_processor
+from zoo.saving import save_model
+from zoo.train.data.chats import Chats
 
 ROOM = 2
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -374,6 +384,8 @@ def test_a_tower_that_sees_crops():
     np.testing.assert_allclose(*tokens, **CLOSE)
     with pytest.raises(ValueError, match="start = 4: the tower has layers 0 to 3"):
         DeepStackV(**sizes, start=4)
+    with pytest.raises(ValueError, match="added = 4: want 0 or more, and less than 4"):
+        DeepStackV(**sizes, added=4)
 
 
 # Figures.
@@ -407,3 +419,116 @@ def test_the_key_table_is_that_of_llava():
     plain, hd, within = (found[f"deepstack_{kind}_vicuna_7b"] for kind in ("l", "l_hd", "v"))
     assert plain == within and hd - plain == {"model.image_newline"}
     assert {"model.mm_projector.0.weight", "model.mm_projector.2.bias"} <= plain
+
+
+def test_added_layers_of_the_tower_have_keys_of_their_own():
+    tiny, entry = registry.config("deepstack_tiny"), registry.entry("deepstack")
+    sizes = {f.name: getattr(tiny.tower, f.name) for f in dataclasses.fields(tiny.tower)}
+    longer = DeepStackV(**sizes | {"depth": 8}, start=3, added=5)
+    configs = tiny, dataclasses.replace(tiny, tower=longer, policies=(), vision_layer=-1)
+    plain, added = (set(entry.table(c).shapes(nn.unbox(shapes(c)))) for c in configs)
+    layer = "model.vision_tower.vision_tower.vision_model.encoder.layers.0."
+    leaves = {key.removeprefix(layer) for key in plain if key.startswith(layer)}
+    own = {f"model.vision_tower.post_encoder.{n}.{leaf}" for n in range(5) for leaf in leaves}
+    assert plain <= added and added - plain == own
+
+
+# From a picture.
+
+HD = LlavaConfig(
+    tower=ViTConfig(image_size=28, patch_size=14, width=8, depth=2, num_heads=2, mlp_dim=8),
+    decoder=DecoderConfig(
+        vocab_size=300, width=8, depth=4, num_heads=2, num_kv_heads=1, mlp_dim=8, context=64
+    ),
+    policies=(DeepStack(start=0, source=Views(square=True)),),
+    newline=True,
+    image_id=259,
+    num_images=5,
+    num_slots=4 + 4 * 5,
+)
+
+
+@pytest.fixture(scope="module")
+def high_resolution(tmp_path_factory):
+    """A model of tiles with crops, with the processor of its checkpoint; and a wide picture."""
+    folder, rng = tmp_path_factory.mktemp("hd"), np.random.default_rng(0)
+    processor = load_processor(write_checkpoint(folder / "hub"), HD)
+    picture = rng.integers(0, 256, (30, 70, 3), np.uint8)
+    Image.fromarray(picture).save(folder / "wide.png")
+    save_model(folder / "model", HD, draw(shapes(HD)), processor, {})
+    return folder, processor, picture
+
+
+def test_a_picture_in_tiles_with_crops_of_each(high_resolution):
+    """It is stretched to one tile and to 1 x 3, which suits it best, and to twice as much."""
+    _, processor, picture = high_resolution
+    batch = processor.encode_prompt(picture, "what?")
+    views = processor.vision.views
+
+    def stretched(height, width):
+        large = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
+        return views.pipeline.normalised(np.asarray(large))
+
+    pixels, crops = batch["pixels"][0], batch["crops"][0]
+    assert pixels.shape == (4, 28, 28, 3) and crops.shape == (4, 4, 28, 28, 3)
+    np.testing.assert_array_equal(pixels[0], stretched(28, 28))
+    np.testing.assert_array_equal(np.concatenate(pixels[1:], 1), stretched(28, 84))
+    for tile, want in ((0, stretched(56, 56)), (2, stretched(56, 168)[:, 56:112])):
+        rows = [np.concatenate(crops[tile, i : i + 2], 1) for i in (0, 2)]
+        np.testing.assert_array_equal(np.concatenate(rows), want)
+    assert batch["view_grid"].tolist() == [[[2, 2]] * 4]
+    # All of the whole; then two rows of the map of three tiles, 6 wide, each with a newline.
+    assert batch["sizes"].tolist() == [[4 + 2 * 7]]
+    rows = [[4, 5, 8, 9, 12, 13, 16], [6, 7, 10, 11, 14, 15, 16]]
+    assert batch["layout"][0, :18].tolist() == [0, 1, 2, 3, *rows[0], *rows[1]]
+    loose = dataclasses.replace(HD, policies=(DeepStack(start=0),))
+    with pytest.raises(UsageError, match="want a policy whose crops make a square"):
+        load_processor(processor.folder, loose)
+
+
+def test_tiles_and_crops_stand_where_they_belong(high_resolution):
+    """Every tile reads its own crops; with 2 x 2 tokens each, group g is token g of each crop."""
+    folder, processor, picture = high_resolution
+    loaded = zoo.load(folder / "model")
+    batch = processor.encode_prompt(picture, "what?")
+
+    @jax.jit
+    def run(params, batch):
+        module, variables = loaded.model, {"params": params}
+        stream, memory = module.apply(variables, batch, None, method="stream")
+        plain = {name: leaf for name, leaf in params.items() if name in ("tower", "connector")}
+        crops = batch["crops"].reshape(1, 16, *batch["crops"].shape[3:])
+        seen = jnp.concatenate([batch["pixels"], crops], 1)
+        config = dataclasses.replace(HD, policies=(), newline=False, num_slots=None)
+        visual = config.build().apply({"params": plain}, seen, method="encode_image")
+        return stream, memory["taps"], visual.tokens.tokens[0]
+
+    stream, taps, tokens = run(loaded.params, dict(batch))
+    whole, crops = tokens[:4].reshape(16, -1), tokens[4:].reshape(4, 4, 4, -1)
+    newline = np.asarray(loaded.params["newline"])
+    rows = np.concatenate([whole, newline[None]])[batch["layout"][0, :18]]
+    at = np.flatnonzero(np.asarray(stream.tokens.tags["cell"][0]) >= 0)
+    np.testing.assert_allclose(np.asarray(stream.hidden[0])[at], rows, **CLOSE)
+    want = crops.transpose(2, 0, 1, 3).reshape(4, 16, -1)  # [G, tile and crop, D]
+    np.testing.assert_allclose(taps[:, 0, :16], want, **CLOSE)
+    np.testing.assert_allclose(taps[:, 0, 16], np.tile(newline, (4, 1)), **CLOSE)
+
+
+def test_the_command_answers_about_a_picture_in_high_resolution(high_resolution, capsys):
+    folder, _, _ = high_resolution
+    argv = ["generate", str(folder / "model"), "--image", str(folder / "wide.png")]
+    assert main([*argv, "--prompt", "what?", "--max-new-tokens", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "what?"
+
+
+def test_a_training_example_in_high_resolution(high_resolution):
+    """Newlines have the number after all five tiles, of which a wide picture has four."""
+    folder, processor, picture = high_resolution
+    chats = Chats.load(folder / "hub", dataclasses.replace(HD, text_tokens=40))
+    example = chats.encode({"image": picture, "conversations": [("what?", "noise")]})
+    batch = processor.encode_prompt(picture, "what?")
+    layout = batch["layout"][0, :18]
+    np.testing.assert_array_equal(example["layout"][:18], np.where(layout == 16, 20, layout))
+    for name in ("pixels", "crops"):
+        np.testing.assert_array_equal(example[name][:4], batch[name][0])
+        assert len(example[name]) == 5 and not example[name][4].any()

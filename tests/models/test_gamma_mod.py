@@ -261,6 +261,29 @@ def test_a_token_below_the_threshold_skips_the_layer_and_its_cache():
     np.testing.assert_array_equal(tokens.valid.sum(-1), prompt)
 
 
+def products(program):
+    """How many products a program computes whichever of its branches are taken."""
+    found = 0
+    for equation in program.eqns:
+        if equation.primitive.name != "cond":
+            found += equation.primitive.name == "dot_general"
+            inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
+            found += sum(products(each) for each in inner if hasattr(each, "eqns"))
+    return found
+
+
+@pytest.mark.parametrize("style", ["llava_hr", "mini_gemini"])
+def test_decoding_reads_no_weights_where_no_token_runs(style):
+    """Beside the router's product all are in a branch; a version that never skips has none."""
+    stack = stack_of(dataclasses.replace(INFER, layers=(0,), style=style), 1)
+    params, prompt = drawn(stack), toy.stream(PROMPT)
+    _, states, _ = jax.eval_shape(stack.apply, params, prompt, Reserve(1))
+    token = jax.tree.map(lambda x: x[:, :1], (prompt.hidden, prompt.tokens))
+    program = jax.make_jaxpr(stack.apply)(params, Stream(*token), states)
+    outside = products(program.jaxpr)
+    assert outside == 1 if style == "llava_hr" else outside > 7
+
+
 def test_mini_gemini_decodes_every_token_at_its_place_in_the_whole():
     config = dataclasses.replace(
         INFER, layers=(0,), style="mini_gemini", threshold=0.5, decode_threshold=1.0

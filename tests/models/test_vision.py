@@ -79,6 +79,10 @@ COUNTS = {
     "deepmad_29m.288": 28_703_630,
     "deepmad_50m": 49_408_964,
     "deepmad_89m": 88_325_780,
+    "vit_resnas_reference": 42_012_736,
+    "vit_resnas_t": 40_793_552,
+    "vit_resnas_s": 63_724_108,
+    "vit_resnas_m": 96_442_672,
 }
 
 # {name: multiplications and additions of one image, in units of 10^9}. Counted as half the FLOPs

@@ -38,8 +38,12 @@ def run(case: Case) -> dict[str, np.ndarray]:
             after.append(own.stacks[b](stream, stop=tower.depths[0][b])[0].hidden)
         return cut, own.crossings[0].read(after[0][:, :1], after[1][:, 1:])
 
-    (first, second), read = model.apply({"params": params}, pixels, method=inside)
-    final = model.apply({"params": params}, batch)
+    @jax.jit
+    def both_ways(params):
+        found = model.apply({"params": params}, pixels, method=inside)
+        return found, model.apply({"params": params}, batch)
+
+    ((first, second), read), final = both_ways(params)
     cls = np.split(np.asarray(final.features.cls), [tower.widths[0]], -1)
     maps = (np.asarray(each) for each in final.features.pyramid)
     both = [

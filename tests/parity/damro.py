@@ -60,8 +60,12 @@ def run(case: Case) -> dict[str, np.ndarray]:
     def look(model):
         return model.tower(jnp.asarray(pixels[:, 0]), qk=(layer,), stop_after=layer)
 
-    features = model.apply({"params": params}, method=look)
-    index, attention = outliers(*features.qk[layer], damro.top_k)
+    @jax.jit
+    def chosen(params):
+        features = model.apply({"params": params}, method=look)
+        return outliers(*features.qk[layer], damro.top_k)
+
+    index, attention = chosen(params)
     return {
         "logits_original_last": np.asarray(both[0]),
         "logits_negative_last": np.asarray(both[1]),

@@ -29,7 +29,12 @@ def run(case: Case) -> dict[str, np.ndarray]:
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch)["params"])
     params = table(config).load(case.params, shapes)
     rate = case.meta["soft_mask_rate"]
-    final = model.apply({"params": params}, batch, soft_mask=rate, taps=(0, 1))
+
+    @jax.jit
+    def forward(params):
+        return model.apply({"params": params}, batch, soft_mask=rate, taps=(0, 1))
+
+    final = forward(params)
 
     first = jax.tree.map(lambda leaf: leaf[0], params["tower"]["stack"]["layers"])
     layer = tower.plan()[0].block.clone(parent=None, name=None).bind({"params": first})

@@ -31,7 +31,7 @@ def run(case: Case) -> dict[str, np.ndarray]:
 
     squares = unfold(pixels, *SQUARES[0]).reshape(len(pixels), -1, 49 * tower.channels)
     layer = TokenAttention(squares.shape[-1], tower.token_dim, tower.token_module)
-    final = model.apply({"params": params}, batch)
+    final = jax.jit(model.apply)({"params": params}, batch)
     out = {
         "soft_split0": squares,
         "attention1": layer.apply({"params": patch["layers_0"]}, squares),

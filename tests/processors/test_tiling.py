@@ -156,7 +156,7 @@ def test_a_published_processor_with_crops():
     picture = np.zeros((24, 48, 3), np.uint8)
     picture[:12, 12:24], picture[12:, 24:36] = 100, 200
     seen = vision.see(picture, alone=True)
-    crops, grid = seen.crops
+    [(crops, grid)] = seen.crops
     assert grid == (2, 2) and crops.shape == (4, 12, 12, 3)
     assert [crop.mean() for crop in crops] == [100, 0, 0, 200]
     batch = vision.batch([[1, 9, 2], [1, 9, 9, 2]], [[seen], [seen, seen]], 0)
@@ -164,4 +164,4 @@ def test_a_published_processor_with_crops():
     np.testing.assert_array_equal(batch["crops"][1, 1], crops)
     assert (batch["crops"][0, 1] == 0).all()
     whole = TileVision(Single(replace(pipeline, crop=None)), 9, 4, (2, 2), crops=Crops(4))
-    assert whole.see(picture, alone=True).crops[0].shape == (2, 12, 24, 3)
+    assert whole.see(picture, alone=True).crops[0][0].shape == (2, 12, 24, 3)

@@ -1,4 +1,5 @@
 import errno
+import json
 import math
 import shutil
 import threading
@@ -18,7 +19,7 @@ from zoo.train.config import Best
 from zoo.train.mesh import MeshConfig, make_mesh
 from zoo.train.optim import OptimConfig, make_optimizer
 from zoo.train.state import abstract_state, boxed_params, initial_state
-from zoo.whole import check
+from zoo.whole import check, write_manifest
 
 
 class Counter(grain.DatasetIterator):
@@ -222,3 +223,50 @@ def test_a_full_disk_is_said_and_leaves_the_last_good_one(copy, monkeypatch, whe
     ):
         save()
     assert Checkpoints(copy, 3, pytest.fail).steps == [4, 8]
+
+
+def retold(copy, change):
+    """The newest checkpoint with other numbers, as another version might have written it."""
+    file = copy / "8" / "rest" / "metadata"
+    rest = json.loads(file.read_text())
+    change(rest)
+    file.write_text(json.dumps(rest))
+    write_manifest(copy / "8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda rest: rest.update(form=0),
+            r"8 is of another form .* \(0, want 1\): finish the run",
+        ),
+        (lambda rest: rest.pop("typical"), r"another form .* \(typical is missing\)"),
+        (lambda rest: rest["data"].clear(), r"could not be restored"),
+        (lambda rest: rest.pop("form"), None),  # the first versions did not say it
+    ],
+)
+def test_a_checkpoint_of_another_form_is_told_in_a_line(copy, change, message):
+    retold(copy, change)
+    abstract, _ = states()
+    checkpoints = Checkpoints(copy, 3, pytest.fail)
+    if message is None:
+        assert int(checkpoints.restore(abstract, Counter()).step) == 8
+    else:
+        with pytest.raises(ZooError, match=message) as caught:
+            checkpoints.restore(abstract, Counter())
+        assert "\n" not in str(caught.value)
+    checkpoints.close()
+
+
+def test_arrays_of_another_form_are_named(copy):
+    abstract, _ = states()
+    checkpoints = Checkpoints(copy, 3, pytest.fail)
+    params = dict(abstract.params)
+    extra = {**params, "more": params["norm"]["scale"]}
+    with pytest.raises(ZooError, match=r"another form .* \(params/more is missing\)"):
+        checkpoints.restore(abstract.replace(params=extra), Counter())
+    del params["embedding"]
+    with pytest.raises(ZooError, match=r"another form .* \(params/embedding is unknown to it\)"):
+        checkpoints.restore(abstract.replace(params=params), Counter())
+    checkpoints.close()

@@ -5,21 +5,30 @@ import shutil
 from dataclasses import replace
 
 import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 
 import zoo
+from tests.models.draw import draw
 from zoo.convert.place import abstract_params, flat_paths
 from zoo.models.core.codec import decode, encode
 from zoo.models.core.registry import base
+from zoo.models.decoders.gamma_mod import GammaMoD
+from zoo.saving import save_model
 from zoo.train.cli import find
 from zoo.train.config import Recipe
+from zoo.train.data.pipeline import Pipeline
+from zoo.train.data.preferences import REJECTED, WrongAnswers
+from zoo.train.mesh import placed
 from zoo.train.optim import OptimConfig
 from zoo.train.parts import assigned
 from zoo.train.recipe import train_recipe
+from zoo.train.setup import Setup
 
 LARGE = ("mqt_llava", "p_mod_llava", "gamma_mod_llava", "deepstack_llava")
 TINY = ("mqt_tiny", "p_mod_tiny", "gamma_mod_tiny", "deepstack_tiny")
+OBJECTIVES = ("lora_tiny", "distill_tiny", "prefer_tiny")
 
 
 def shapes(config):
@@ -82,13 +91,26 @@ def test_hyperparameters_are_those_of_the_papers():
     assert instruct.objective.budgets == tuple(range(2, 257, 2))
 
 
+def test_all_before_the_picture_is_the_prefix_of_gamma_mod():
+    """`USER: <image>` by the tokenizer of Vicuna; with its system prompt there would be 35."""
+    ids = [1, 3148, 1001, 29901, 29871, 32_000]
+    [policy] = find("gamma_mod_llava").stages[1].model.policies
+    assert policy.text_prefix == ids.index(32_000) and GammaMoD().text_prefix == 1059 - 1024
+
+
 def short(name):
     """The tiny recipe, of two steps a stage; without what takes longest to compile."""
     recipe = find(name)
+
+    def few(data):
+        if isinstance(data, WrongAnswers):
+            return WrongAnswers(few(data.data))
+        return replace(data, pictures=24, validation_pictures=8)
+
     stages = tuple(
         replace(
             stage,
-            data=replace(stage.data, pictures=24, validation_pictures=8),
+            data=few(stage.data),
             steps=2,
             batch_size=8,
             eval_examples=0,
@@ -104,7 +126,7 @@ def short(name):
 def dense(tmp_path_factory):
     """The folder of the first stage, which is the same for all tiny recipes."""
     folder = tmp_path_factory.mktemp("dense")
-    recipes = [short(name) for name in TINY]
+    recipes = [short(name) for name in TINY + OBJECTIVES]
     assert len({recipe.stages[0] for recipe in recipes}) == 1
     first = replace(recipes[0], stages=recipes[0].stages[:1])
     assert train_recipe(first, folder / "run", data_dir=folder / "data").complete
@@ -129,3 +151,82 @@ def test_the_tiny_recipes_train(name, dense, tmp_path):
         after.params["decoder"]["embedding"]["embedding"],
         before.params["decoder"]["embedding"]["embedding"],
     )
+
+
+def with_teacher(recipe, teacher):
+    """The recipe, taught by another model."""
+    *before, last = recipe.stages
+    last = replace(last, objective=replace(last.objective, teacher=str(teacher)))
+    return replace(recipe, stages=(*before, last))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_recipes_of_objectives_train(name, dense, tmp_path):
+    out, recipe = tmp_path / "run", short(name)
+    shutil.copytree(dense / "run" / "1_dense", out / "1_dense")
+    if name == "distill_tiny":
+        recipe = with_teacher(recipe, out / "1_dense")
+    result = train_recipe(recipe, out, data_dir=dense / "data")
+    assert result.complete
+    assert np.isfinite(result.metrics["loss"])
+
+
+def traced(experiment, batch=()):
+    """Shapes of the metrics of a step; nothing is computed or compiled."""
+    inputs = {**experiment.model.inputs(experiment.batch_size), **dict(batch)}
+    with placed(experiment.mesh) as mesh:
+        setup = Setup.of(experiment)
+        state = setup.state(mesh)
+        step = setup.train_step(state)
+        return jax.eval_shape(lambda s, b: step(s, b, None)[1], state, inputs)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The folder of a model as the first stage leaves it, untrained."""
+    stage = find("distill_tiny").stages[0]
+    params = draw(abstract_params(stage.model))
+    processor = stage.processor.build(stage.model, stage.data)
+    return save_model(tmp_path_factory.mktemp("teacher") / "model", stage.model, params,
+                      processor, {})  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*OBJECTIVES, "contrastive_tiny"])
+def test_the_steps_of_objectives_fit_together(name, teacher):
+    found = find(name)
+    assert decode(encode(found)) == found
+    if name == "distill_tiny":
+        assert found.stages[1].objective.teacher == "runs/distill_tiny/" + found.folders[0]
+        found = with_teacher(found, teacher)
+    last = found.stages[1] if isinstance(found, Recipe) else found
+    text = {n: x for n, x in last.model.inputs(last.batch_size).items() if n != "pixels"}
+    pairs = {f"{REJECTED}{n}": x for n, x in text.items()} if name == "prefer_tiny" else {}
+    metrics = traced(last, pairs)
+    wanted = {
+        "lora_tiny": "accuracy",
+        "distill_tiny": "divergence",
+        "prefer_tiny": "chosen_reward",
+        "contrastive_tiny": "scale",
+    }
+    assert {"loss", "grad_norm", wanted[name]} <= set(metrics)
+
+
+def test_wrong_answers_are_of_the_same_kind(tmp_path):
+    [_, stage] = short("prefer_tiny").stages
+    stage.data.prepare(tmp_path)
+    known = set()
+    for record in map(stage.data.data.source("train", tmp_path).__getitem__, range(24)):
+        said = zip(record["conversations"], record["kinds"], strict=True)
+        known |= {(kind, answer) for (_, answer), kind in said}
+    source = stage.data.source("train", tmp_path)
+    assert len(source) == 24
+    for index in range(24):
+        record = source[index]
+        [(_, answer)], [kind] = record["conversations"], record["kinds"]
+        assert record["rejected"] != answer
+        assert (kind, record["rejected"]) in known
+    processor = stage.processor.build(stage.model, stage.data)
+    batch = next(iter(Pipeline(stage.data, processor, 8, 0, tmp_path)))
+    assert (batch["ids"] != batch[f"{REJECTED}ids"]).any(1).all()
+    assert not (batch["labels"] == batch[f"{REJECTED}labels"]).all(1).any()

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,10 @@ from zoo.models.core.errors import UsageError, ZooError
 from zoo.train.cli import find
 from zoo.train.config import MAY_CHANGE, Best, Experiment, Faults, Watch
 from zoo.train.folder import check_room, claim, read_experiment, writing
+from zoo.train.lora import LoRA
 from zoo.train.mesh import MeshConfig
+from zoo.train.objectives import Objective
+from zoo.train.parts import Part
 from zoo.whole import locked
 
 
@@ -28,6 +32,23 @@ def test_a_folder_belongs_to_one_experiment(tmp_path):
     for line in ("seed: 0 → 1", "optim.lr: 0.01 → 1.0", "data.records: 40 → 50", str(tmp_path)):
         assert line in str(refused.value)
     assert "batch_size" not in str(refused.value)
+
+
+def test_a_run_of_another_version_is_told_in_a_line(tmp_path):
+    begun(tmp_path, tiny())
+    described = json.loads((tmp_path / "config.json").read_text())
+    del described["optim"]["state"]
+    described["dropout"] = 0.1
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(UsageError, match=r"another version, .* \(.*\): finish it") as refused:
+        claim(tmp_path, tiny())
+    assert "(dropout, optim.state)" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    # Another class, or more of a list, has other fields in the same version, too.
+    (tmp_path / "other").mkdir()
+    begun(tmp_path / "other", tiny())
+    with pytest.raises(UsageError, match="another configuration"):
+        claim(tmp_path / "other", tiny(lora=LoRA(), parts=(Part(".*"),), objective=Objective()))
 
 
 def test_what_changes_no_number_may_change(tmp_path):

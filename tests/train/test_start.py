@@ -14,7 +14,7 @@ from zoo.saving import read_description, save_model
 from zoo.train.config import Start
 from zoo.train.loop import train
 from zoo.train.mesh import MeshConfig, make_mesh
-from zoo.train.start import starting_params, starting_tokenizer
+from zoo.train.start import starting_tokenizer, starting_variables
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,9 @@ def begun(starts, fresh, name="mqt_tiny", said=None, **changes):
     mesh = make_mesh(MeshConfig(fsdp=2))
     say = (lambda text: None) if said is None else said.append
     boxed = abstract_params(config)
-    return flat_paths(starting_params(starts, fresh, config, boxed, mesh, 5, say))
+    params, stats = starting_variables(starts, fresh, config, boxed, {}, mesh, 5, say)
+    assert stats == {}
+    return flat_paths(params)
 
 
 def test_all_but_the_fresh_is_taken_and_lies_on_the_mesh(llava):

@@ -13,7 +13,8 @@ def tokens_figure(rows: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
     time to the first token, both as shares of the full model's; a line for each method.
 
     Args:
-      rows: as `zoo.train.bench.tokens.bench` returns them; those that failed are left out.
+      rows: as `zoo.train.bench.tokens.bench` returns them; those that failed are left out, as is
+        what was not measured of the full model.
       title: of what.
     """
     fine = [row for row in rows if not row["error"]]
@@ -23,7 +24,8 @@ def tokens_figure(rows: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
     gains = {"top1_agreement": "same next token (%)", "accuracy": "right answers (%)"}
     gains = {key: label for key, label in gains.items() if full[key] is not None}
     prices = {"prefill_flops": "FLOPs of the prompt (%)", "ttft_s": "time to first token (%)"}
-    figure = Figure(figsize=(9.6, 1.2 + 3.2 * len(gains)), layout="constrained")
+    prices = {key: label for key, label in prices.items() if full[key] is not None}
+    figure = Figure(figsize=(2.4 + 3.6 * len(prices), 1.2 + 3.2 * len(gains)), layout="constrained")
     figure.suptitle(title, fontsize=13, fontweight="bold", color=INK, x=0.02, ha="left")
     grid = figure.subplots(len(gains), len(prices), squeeze=False)
     methods = sorted({row["method"] for row in fine} - {"full"})

@@ -7,8 +7,8 @@ FLOPs and bytes of the cache; measured are the time to the first token of a batc
 while decoding, and the memory of the compiled program; compared with the full model are the next
 token after every prompt and its distribution, and answers with those expected where data has some.
 
-The folder gets `tokens.json`, `tokens.csv` and `tokens.png`. What is there already is not measured
-again. A method that fails is listed with its error, and tried again the next time.
+The folder gets `tokens.json`, `tokens.csv`, `tokens.md` and `tokens.png`. What is there already is
+not measured again. A method that fails is listed with its error, and tried again the next time.
 """
 
 import argparse
@@ -27,9 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo.costing import cost
+from zoo.generate.text import whole
 from zoo.loaded import Loaded
 from zoo.models.core.errors import UsageError
 from zoo.models.core.types import IMAGE, Array, Batch, Reserve
+from zoo.train.bench.pages import table
 from zoo.train.bench.prompts import Asked, as_keeps, as_methods, made_up, opened, questions
 from zoo.whole import write_atomically
 
@@ -49,7 +51,7 @@ COLUMNS = (
     "accuracy",
     "error",
 )
-RESULTS, TABLE, PLOT = "tokens.json", "tokens.csv", "tokens.png"
+RESULTS, TABLE, PAGE, PLOT = "tokens.json", "tokens.csv", "tokens.md", "tokens.png"
 DEFAULT_KEEP = "0.5,0.25,0.125"
 
 Row = dict[str, Any]
@@ -149,7 +151,7 @@ def _prefilled(
     reader, _ = model.reader()
 
     def read(params: Any, batch: Batch) -> tuple[Array, Any]:
-        return reader.prefill(params, batch, None, decode)
+        return reader.prefill(params, batch, None, max(decode, _ANSWER_TOKENS))
 
     batches = [_given(each) for each in asked]
     program = jax.jit(read).lower(model.params, batches[0]).compile()
@@ -172,6 +174,7 @@ def _measured(
 ) -> Row:
     """The figures of a model whose prompts are read."""
     batch = _given(asked[0])
+    step = _stepping(model, program, batch)
     rows, length = batch["ids"].shape
     counted = cost(model.config, text_tokens=length - _placeholders(model, batch), dtype="float32")
     memory = program.memory_analysis()
@@ -183,11 +186,11 @@ def _measured(
         "decode_flops": counted.flops["decode_step"].total,
         "kv_bytes": counted.kv_bytes["total"],
         "ttft_s": reading.seconds,
-        "tokens_per_s": rows * decode / _decoding(model, program, batch, runs, decode),
+        "tokens_per_s": rows * decode / _decoding(model, program, step, batch, runs, decode),
         "peak_bytes": sum(getattr(memory, part, 0) for part in parts),
         "top1_agreement": float(np.mean(reading.logp.argmax(-1) == reference.logp.argmax(-1))),
         "kl": float(np.mean(np.sum(expected * (reference.logp - reading.logp), -1))),
-        "accuracy": _accuracy(model, asked),
+        "accuracy": _accuracy(model, program, step, asked),
     }
 
 
@@ -220,12 +223,20 @@ def _counts(module: Any, batch: Batch) -> tuple[Array, list[dict[str, Array]]]:
     return first, [{n: (r[n] >= 0).sum(-1).mean() for n in names if n in r} for r in aux]
 
 
-def _decoding(model: Loaded, program: Any, batch: Batch, runs: int, decode: int) -> float:
-    """The seconds of decoding so many tokens."""
+def _stepping(model: Loaded, program: Any, batch: Batch) -> Any:
+    """The compiled program of one more token, from parameters, ids [B, 1] and a cache."""
     reader, _ = model.reader()
+    _, cache = program(model.params, batch)
+    ids = jax.ShapeDtypeStruct((len(batch["ids"]), 1), jnp.int32)
+    return jax.jit(reader.decode).lower(model.params, ids, cache).compile()
+
+
+def _decoding(
+    model: Loaded, program: Any, step: Any, batch: Batch, runs: int, decode: int
+) -> float:
+    """The seconds of decoding so many tokens."""
     ids = jnp.zeros((len(batch["ids"]), 1), jnp.int32)
     _, cache = program(model.params, batch)
-    step = jax.jit(reader.decode).lower(model.params, ids, cache).compile()
 
     def write() -> float:
         state, begin = cache, time.perf_counter()
@@ -238,16 +249,27 @@ def _decoding(model: Loaded, program: Any, batch: Batch, runs: int, decode: int)
     return statistics.median(write() for _ in range(runs))
 
 
-def _accuracy(model: Loaded, asked: Sequence[Asked]) -> float | None:
+def _accuracy(model: Loaded, program: Any, step: Any, asked: Sequence[Asked]) -> float | None:
     """The share of answers that are as expected; None where nothing is."""
     right: list[bool] = []
     for each in asked:
         if not any(each.answers):
             continue
-        said = model.answers(each.batch, max_new_tokens=_ANSWER_TOKENS)
+        said = _answers(model, program, step, _given(each))
         pairs = zip(said, each.answers, each.valid, strict=True)
         right += [answer == want for answer, want, valid in pairs if valid]
     return sum(right) / len(right) if right else None
+
+
+def _answers(model: Loaded, program: Any, step: Any, batch: Batch) -> list[str]:
+    """What the model says first, the most likely tokens: `Loaded.answers` by programs at hand."""
+    logits, cache = program(model.params, batch)
+    said = []
+    for _ in range(_ANSWER_TOKENS):
+        said.append(logits.argmax(-1)[:, None].astype(jnp.int32))
+        logits, cache = step(model.params, said[-1], cache)
+    decode = model.speaker.decode
+    return [whole(row, decode).strip() for row in np.concatenate(said, 1).tolist()]
 
 
 def _given(asked: Asked) -> dict[str, Any]:
@@ -292,12 +314,13 @@ def _write(out: Path | None, facts: dict[str, Any], rows: Sequence[Row]) -> None
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / RESULTS, json.dumps({"facts": facts, "rows": rows}, indent=2) + "\n")
     text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    table.writeheader()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
     for row in rows:
         layers = " ".join(f"{n:g}" for n in row["tokens_per_layer"] or ())
-        table.writerow({**row, "tokens_per_layer": layers})
+        writer.writerow({**row, "tokens_per_layer": layers})
     write_atomically(out / TABLE, text.getvalue())
+    write_atomically(out / PAGE, table(rows))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -331,7 +354,7 @@ def main(argv: Sequence[str]) -> int:
         from zoo.plot import save
         from zoo.train.bench.plots import tokens_figure
 
-        title = f"{Path(args.model).name}, {jax.devices()[0].device_kind}"
+        title = f"{args.model}, {jax.devices()[0].device_kind}"
         save(tokens_figure(rows, title=title), args.out / PLOT)
     return 0
 

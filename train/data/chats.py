@@ -117,6 +117,9 @@ class Chats:
             length=shapes["ids"][0],
         )
         rows = {name: array[0] for name, array in batch.items() if name in shapes}
+        if "layout" in rows:  # a newline has the number after all tiles, which are to be more
+            old, new = len(rows["pixels"]) * vision.tokens, shapes["pixels"][0] * vision.tokens
+            rows["layout"][rows["layout"] == old] = new
         return rows | {name: array[0] for name, array in text.items()}
 
     def _spelled(

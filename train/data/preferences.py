@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from zoo.models.core.errors import ZooError
-from zoo.train.data.sources import LlavaJson
+from zoo.train.data.sources import DataConfig, LlavaJson, Progress, Source
 
 REJECTED = "rejected_"
 """Before the name of an array of a batch: the same of the answer that is not preferred."""
@@ -48,6 +49,52 @@ class PreferenceJson(LlavaJson):
         for entry in self._entries():
             if isinstance(entry, dict) and isinstance(text := entry.get("rejected"), str):
                 yield text
+
+
+@dataclass(frozen=True)
+class WrongAnswers(DataConfig):
+    """The questions of another data set, one of each record, with its answer preferred to another
+    answer to a question of the same kind.
+
+    Attributes:
+      data: the other data set.
+    """
+
+    data: DataConfig
+
+    def prepare(self, data_dir: str | Path, progress: Progress | None = None) -> None:
+        """Prepare the other data set."""
+        self.data.prepare(data_dir, progress)
+
+    def source(self, split: str, data_dir: str | Path) -> Source:
+        """As that of the other data set."""
+        return _WrongAnswers(self.data.source(split, data_dir))
+
+    def texts(self) -> Iterable[str]:
+        """Those of the other data set."""
+        return self.data.texts()
+
+
+@dataclass(frozen=True)
+class _WrongAnswers:
+    right: Source
+
+    def __len__(self) -> int:
+        return len(self.right)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        record = self.right[index]
+        turn = index % len(record["conversations"])
+        question, answer = record["conversations"][turn]
+        kind = record["kinds"][turn]
+        for step in range(1, len(self)):
+            other = self.right[(index + step) % len(self)]
+            said = zip(other["conversations"], other["kinds"], strict=True)
+            wrong = [text for (_, text), its in said if its == kind and text != answer]
+            if wrong:
+                one = {"conversations": ((question, answer),), "kinds": (kind,)}
+                return {**record, **one, "rejected": wrong[0]}
+        raise ZooError(f"{record['id']}: no record has another answer to a question of its kind")
 
 
 def encoded(processor: Any, record: Mapping[str, Any]) -> dict[str, np.ndarray]:

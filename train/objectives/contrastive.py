@@ -32,7 +32,8 @@ class Contrastive(Objective):
     cross-entropy of the right text among all texts and of the right image among all images, half of
     each. Follows: arXiv:2103.00020, section 2.3. With "sigmoid" each pair is judged by itself; the
     terms of an image are added up. Follows: arXiv:2303.15343, equation 1. Temperature and bias are
-    parameters of the model and are learned with it.
+    parameters of the model and are learned with it. What a model reports under a name that ends
+    with `_loss` is added.
 
     The batch is that of all devices together, so that it may not be cut into parts.
 
@@ -115,7 +116,10 @@ class Contrastive(Objective):
             "text_to_image": right(-2),
             "scale": Mean(jnp.exp(variables["params"][_SCALE]) * weight, weight),
         }
-        return {"loss": Mean(costs(logits).sum(), weight)}, metrics, carried
+        terms = {"loss": Mean(costs(logits).sum(), weight)}
+        losses = {name: x for name, x in pairs.aux.items() if name.endswith("_loss")}
+        terms |= {name: Mean(value * weight, weight) for name, value in losses.items()}
+        return terms, metrics, carried
 
     def _bounded(self, variables: Variables) -> Variables:
         """The variables with a scale that is at most `max_scale`."""

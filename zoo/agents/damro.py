@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from zoo.evaluate.model import ModelSubject
 from zoo.evaluate.subject import Agent, Subject
-from zoo.generate.autoregressive import Reader
+from zoo.generate.autoregressive import Reader, variables_of
 from zoo.generate.branches import Combined, Contrast
 from zoo.models.core.card import Card
 from zoo.models.core.errors import UsageError
@@ -93,7 +93,7 @@ class OutlierBranch:
         def look(model: Any) -> Features:
             return model.tower(pixels, qk=(layer,), stop_after=layer)
 
-        features = reader.model.apply({"params": params}, method=look)
+        features = reader.model.apply(variables_of(params), method=look)
         index, _ = outliers(
             *features.qk[layer],
             self.top_k,

@@ -9,7 +9,7 @@ import flax.linen as nn
 
 from zoo.convert.folder import read_config, read_weights
 from zoo.convert.layout import Layout, lay_out
-from zoo.convert.place import abstract_params
+from zoo.convert.place import abstract_variables
 from zoo.models.core.config import ModelConfig
 from zoo.models.core.errors import ZooError
 from zoo.models.core.hf import Fields
@@ -27,7 +27,8 @@ class Checkpoint:
       base: the architecture here.
       config: of the model.
       layout: its tensors under the names of the key table.
-      boxed: shapes of the parameters, with the logical names of their axes.
+      boxed: shapes of the parameters, with the logical names of their axes, and below `stats` those
+        of running statistics.
     """
 
     folder: Path
@@ -43,7 +44,7 @@ class Checkpoint:
         return self.base.table(self.config)
 
     def pieces(self) -> Iterator[Piece]:
-        """The parameters, see `Table.stream`.
+        """The parameters and running statistics, see `Table.stream`.
 
         Raises:
           ZooError: the weights do not fit the model.
@@ -68,7 +69,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config, found = read_hf(Fields(model_type, fields)), read_weights(folder)
     if base.fit is not None:
         config = base.fit(config, found)
-    boxed = abstract_params(config)
-    wanted = frozenset(base.table(config).shapes(nn.unbox(boxed)))
-    layout = lay_out(found, base.renames, wanted)
+    boxed = abstract_variables(config)
+    table = base.table(config)
+    wanted = frozenset(table.shapes(nn.unbox(boxed)))
+    layout = lay_out(found, base.renames, wanted, table.ignored)
     return Checkpoint(folder, model_type, base, config, layout, boxed)

@@ -57,7 +57,8 @@ class Converted:
       bytes: of these tensors.
       parts: how many parts there are.
       resumed: how many of them an earlier, interrupted call had finished.
-      dropped: tensors of the original that follow from its configuration and were left out.
+      dropped: tensors of the original that follow from its configuration, or say nothing about the
+        model, and were left out.
     """
 
     folder: str

@@ -41,8 +41,8 @@ class Exported:
 def export(source: str | Path, destination: str | Path) -> Exported:
     """Write a converted model as the Hugging Face checkpoint that it was made of.
 
-    Names, shapes, dtypes and bits of all tensors are those of the original, but for buffers that
-    follow from the configuration, which are left out (`zoo.convert.layout.BUFFERS`).
+    Names, shapes, dtypes and bits of all tensors are those of the original, but for those that say
+    nothing about the model, which are left out (`zoo.convert.layout.BUFFERS`).
 
     Args:
       source: a folder that `zoo.convert.convert` has made.

@@ -1,6 +1,7 @@
 """The weights in a Hugging Face checkpoint folder, in one file or in shards."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,12 @@ from zoo.convert.pickled import read_pickled
 from zoo.convert.safetensors import read_safetensors
 from zoo.convert.tensor import Tensor
 from zoo.models.core.errors import ZooError
+from zoo.models.core.registry import base_index
 
 CONFIG = "config.json"
+
+_TIMM = "timm_wrapper"
+"""The model type by which transformers calls all of timm's models."""
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.safetensors.index.json", "*.bin.index.json")
 """Patterns of the files that hold weights, and of their indices."""
@@ -51,11 +56,22 @@ def _named(config: Any) -> dict[str, Any]:
     """A configuration that names its `model_type`; {} if this is none."""
     if not isinstance(config, dict):
         return {}
-    if isinstance(config.get("model_type"), str):
-        return config
-    if isinstance(config.get("architecture"), str) and "pretrained_cfg" in config:
-        return {**config, "model_type": "timm_wrapper"}
-    return {}
+    kind, architecture = config.get("model_type"), config.get("architecture")
+    if isinstance(architecture, str) and (
+        kind == _TIMM or (kind is None and "pretrained_cfg" in config)
+    ):
+        return {**config, "model_type": _timm_type(architecture)}
+    return config if isinstance(kind, str) else {}
+
+
+def _timm_type(architecture: str) -> str:
+    """The model type that stands for a family of timm's, such as "timm_resnet" for `resnet50`,
+    where an architecture here is called so.
+    """
+    family = re.match("[a-z]*", architecture)
+    name = f"timm_{family[0] if family else ''}"
+    known = any(name in row["model_types"] for row in base_index().values())
+    return name if known else _TIMM
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ BUFFERS = (
 )
 """Regular expressions of tensors that some checkpoints hold, because the modules of the original
 kept them, and that follow from the configuration. They are dropped, unless the architecture's key
-table asks for them; nothing else ever is.
+table asks for them; and so is what it passes over (`zoo.models.core.keytable.Ignored`).
 """
 
 
@@ -24,7 +24,7 @@ class Layout:
 
     Attributes:
       tensors: {name in the table: tensor}.
-      names: {name in the checkpoint: name in the table, or None for a dropped buffer}.
+      names: {name in the checkpoint: name in the table, or None if it is dropped}.
     """
 
     tensors: dict[str, Tensor]
@@ -32,7 +32,10 @@ class Layout:
 
 
 def lay_out(
-    found: Mapping[str, Tensor], renames: Sequence[tuple[str, str]], wanted: frozenset[str]
+    found: Mapping[str, Tensor],
+    renames: Sequence[tuple[str, str]],
+    wanted: frozenset[str],
+    ignored: re.Pattern[str] | None = None,
 ) -> Layout:
     """Give every tensor the name that the key table has for it.
 
@@ -40,6 +43,7 @@ def lay_out(
       found: the checkpoint.
       renames: of the architecture, see `zoo.models.core.registry.Base`.
       wanted: names in the key table, which are never dropped.
+      ignored: what the names match that the key table passes over: they are dropped, too.
 
     Raises:
       ZooError: two tensors have the same name in the table.
@@ -50,7 +54,8 @@ def lay_out(
         key = name
         for pattern, replacement in renames:
             key = re.sub(pattern, replacement, key)
-        if key not in wanted and any(re.search(pattern, key) for pattern in BUFFERS):
+        buffer = any(re.search(pattern, key) for pattern in BUFFERS)
+        if key not in wanted and (buffer or (ignored is not None and ignored.fullmatch(key))):
             names[name] = None
             continue
         if key in tensors:

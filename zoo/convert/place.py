@@ -19,6 +19,9 @@ from zoo.models.core.tree import flat_paths, nested
 FLOATS = ("float32", "bfloat16", "float16")
 """Names of the dtypes that parameters can be loaded in."""
 
+STATS = "stats"
+"""The name below which running statistics stand where they travel together with parameters."""
+
 _ALIGNMENT = 64
 """Bytes; JAX takes host arrays that begin at a multiple of it as they are, others it copies."""
 
@@ -46,6 +49,30 @@ def abstract_params(config: ModelConfig) -> Any:
     return jax.eval_shape(model.init, jax.random.key(0), config.inputs(1))["params"]
 
 
+def abstract_variables(config: ModelConfig) -> Any:
+    """As `abstract_params`; the running statistics of a model that keeps some stand below `STATS`,
+    beside the parameters, as they do in the tables of checkpoints.
+    """
+    model = config.build()
+    made = jax.eval_shape(model.init, jax.random.key(0), config.inputs(1))
+    return together(made["params"], made.get(STATS, {}))
+
+
+def together(params: Mapping[str, Any], stats: Mapping[str, Any]) -> dict[str, Any]:
+    """One tree of parameters and running statistics."""
+    return {**params, **({STATS: stats} if stats else {})}
+
+
+def apart(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parameters and the running statistics of a tree of both."""
+    return {name: leaf for name, leaf in tree.items() if name != STATS}, tree.get(STATS, {})
+
+
+def is_stats(path: str) -> bool:
+    """Whether a path is one of running statistics."""
+    return path.startswith(f"{STATS}/")
+
+
 def shardings_of(boxed: Any, mesh: Mesh | None) -> dict[str, Sharding]:
     """{path: where a parameter lies}; without a mesh that is the default device."""
     if mesh is None:
@@ -59,7 +86,7 @@ def place(
     shardings: Mapping[str, Sharding],
     dtype: np.dtype | None,
     *,
-    apart: bool = False,
+    in_rows: bool = False,
 ) -> dict[str, Any]:
     """Read parameters and put each where it belongs.
 
@@ -70,8 +97,9 @@ def place(
     Args:
       pieces: of all parameters, such as `Table.stream` yields.
       shardings: of every path.
-      dtype: of floating-point parameters; None keeps what is stored.
-      apart: leave the rows of stacked parameters arrays of their own, in a tuple.
+      dtype: of floating-point parameters; None keeps what is stored. Running statistics are
+        float32 in any case.
+      in_rows: leave the rows of stacked parameters arrays of their own, in a tuple.
 
     Returns:
       The nested tree of `jax.Array`.
@@ -80,11 +108,11 @@ def place(
     for piece in pieces:
         for path, array in piece.read().items():
             shape, stored = piece.leaves[path]
-            target = cast_to(stored, dtype)
+            target = np.dtype(np.float32) if is_stats(path) else cast_to(stored, dtype)
             if piece.row is None:
                 out[path] = put(array, target, shardings[path])
                 continue
-            if apart:
+            if in_rows and not is_stats(path):
                 rows = out.get(path, (None,) * shape[0])
                 row = put(array, target, shardings[path])
                 out[path] = (*rows[: piece.row], row, *rows[piece.row + 1 :])

@@ -14,6 +14,7 @@ from zoo.convert.convert import copy_source
 from zoo.convert.export import Exported, nbytes, plan_shards, write_shards
 from zoo.convert.folder import is_checkpoint
 from zoo.convert.hub import folder_of
+from zoo.convert.place import together
 from zoo.convert.safetensors import read_safetensors
 from zoo.convert.tensor import DTYPES, NAMES
 from zoo.loading import load
@@ -52,9 +53,9 @@ def export_trained(source: str | Path, destination: str | Path) -> Exported:
             f"{source} was trained from {', '.join(starts) or 'nothing'}: only what started from "
             "one Hugging Face checkpoint has its configuration"
         )
-    table = theirs.table
+    table, tree = theirs.table, together(loaded.params, loaded.stats)
     try:
-        fits = table.shapes(loaded.params) == table.shapes(nn.unbox(theirs.boxed))
+        fits = table.shapes(tree) == table.shapes(nn.unbox(theirs.boxed))
     except ZooError:
         fits = False
     if not fits or type(loaded.config) is not type(theirs.config):
@@ -73,7 +74,7 @@ def export_trained(source: str | Path, destination: str | Path) -> Exported:
         work.parent.mkdir(parents=True, exist_ok=True)
         copy_source(theirs.folder, work)
         shards = plan_shards(entries)
-        write_shards(work, shards, entries, _tensors(table, loaded.params, entries))
+        write_shards(work, shards, entries, _tensors(table, tree, entries))
         _finish(work, destination)
     except OSError as error:
         raise _failed(destination, error) from error

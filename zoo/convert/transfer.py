@@ -1,4 +1,6 @@
-"""The parameters of one model as those of another that shares most of its parts."""
+"""The parameters of one model as those of another that shares most of its parts; running statistics
+are among them, below `stats`.
+"""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from zoo.convert.place import abstract_params, cast_to, flat_paths
+from zoo.convert.place import abstract_variables, cast_to, flat_paths, is_stats, together
 from zoo.models.core.config import ModelConfig
 from zoo.models.core.errors import UsageError
 from zoo.models.core.keytable import Piece
@@ -58,8 +60,12 @@ class Transfer:
 
         def init(key: jax.Array) -> dict[str, jax.Array]:
             batch = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in inputs.items()}
-            made = flat_paths(nn.unbox(model.init(key, batch)["params"]))
-            return {path: made[path].astype(cast_to(made[path].dtype, dtype)) for path in self.new}
+            drawn = nn.unbox(model.init(key, batch))
+            made = flat_paths(together(drawn["params"], drawn.get("stats", {})))
+            return {
+                path: made[path] if is_stats(path) else _cast(made[path], dtype)
+                for path in self.new
+            }
 
         where = {path: shardings[path] for path in self.new}
         return jax.jit(init, out_shardings=where)(jax.random.key(seed))
@@ -79,8 +85,8 @@ def plan_transfer(old: ModelConfig, new: ModelConfig, source: str | Path) -> Tra
     Raises:
       UsageError: they differ in any other way, listing how.
     """
-    boxed = abstract_params(new)
-    have, want = _shapes(abstract_params(old)), _shapes(boxed)
+    boxed = abstract_variables(new)
+    have, want = _shapes(abstract_variables(old)), _shapes(boxed)
     replaced = tuple(
         f"{field.name}/"
         for field in dataclasses.fields(new)
@@ -88,11 +94,15 @@ def plan_transfer(old: ModelConfig, new: ModelConfig, source: str | Path) -> Tra
     )
     plain = want
     if getattr(new, "policies", ()) != getattr(old, "policies", ()):
-        plain = _shapes(abstract_params(dataclasses.replace(new, policies=old.policies)))
+        plain = _shapes(abstract_variables(dataclasses.replace(new, policies=old.policies)))
     _check(have, plain, replaced, source)
     _check({path: plain.get(path, want[path]) for path in want}, want, replaced, source)
     outside = {path for path in have.keys() & want.keys() if not path.startswith(replaced)}
     return Transfer(new, boxed, frozenset(want.keys() - outside), frozenset(have.keys() - outside))
+
+
+def _cast(leaf: jax.Array, dtype: np.dtype | None) -> jax.Array:
+    return leaf.astype(cast_to(leaf.dtype, dtype))
 
 
 def _akin(new: Any, old: Any) -> bool:

@@ -213,7 +213,7 @@ def _run_ours(
         return {name: getattr(out, name) for name in _OUTPUTS if hasattr(out, name)}
 
     @jax.jit
-    def run(params: Any, batch: Mapping[str, Any]) -> tuple[Any, Any]:
+    def run(variables: Any, batch: Mapping[str, Any]) -> tuple[Any, Any]:
         seen: dict[str, list[Any]] = {}
 
         def watch(
@@ -233,10 +233,10 @@ def _run_ours(
             return stream, None, aux
 
         with nn.intercept_methods(watch):
-            found = ours.model.apply({"params": params}, batch, method=forward)
+            found = ours.model.apply(variables, batch, method=forward)
         return found, seen
 
-    found, seen = jax.device_get(run(ours.params, dict(batch)))
+    found, seen = jax.device_get(run(ours.variables, dict(batch)))
     valid = found.pop("valid", None)
     if valid is not None:
         found["logits"] = found["logits"][valid]
@@ -251,6 +251,8 @@ def _homes(table: Table) -> dict[str, str]:
         if not isinstance(row, Row) or row.steps is None:
             continue
         path = row.paths if isinstance(row.paths, str) else row.paths[0]
+        if "stack/" not in path:  # blocks that are no stream of tokens
+            continue
         key = row.keys if isinstance(row.keys, str) else row.keys[0]
         stack = path[: path.index("stack/") + len("stack")]
         homes.setdefault(stack, key.partition(".{}")[0])

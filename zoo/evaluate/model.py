@@ -1,6 +1,5 @@
 """A loaded model as a `Subject`: whatever is asked becomes batches of few shapes."""
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from zoo.generate.autoregressive import Reader, check_context, padded
 from zoo.generate.sampling import Sampling
 from zoo.images import Source
 from zoo.loaded import Loaded
+from zoo.models.core.compiled import jit
 from zoo.models.core.errors import UsageError
 from zoo.models.core.types import Array, Batch, Features
 from zoo.models.parts.assemblies.dual import DualConfig
@@ -90,15 +90,15 @@ class ModelSubject:
             if not longest:
                 continue
             batch, room = padded(self._batch([queries[row] for row in filled])), bucket(longest)
-            check_context(reader, self.loaded.params, batch, budget, longest)
-            logits, cache = _read(reader, self.loaded.params, batch, budget, room)
+            check_context(reader, self.loaded.variables, batch, budget, longest)
+            logits, cache = _read(reader, self.loaded.variables, batch, budget, room)
             for number in range(max(len(spelled[row]) for row in rows)):
                 ids, counted = np.zeros((2, len(filled), room), np.int32)
                 for place, row in enumerate(rows):
                     if number < len(spelled[row]):
                         tokens = spelled[row][number]
                         ids[place, : len(tokens)], counted[place, : len(tokens)] = tokens, 1
-                losses = _losses(reader, self.loaded.params, logits, cache, ids, counted)
+                losses = _losses(reader, self.loaded.variables, logits, cache, ids, counted)
                 for row, loss in zip(rows, np.asarray(losses), strict=False):
                     if number < len(spelled[row]):
                         found[row][number] = loss
@@ -116,7 +116,7 @@ class ModelSubject:
         reader, budget = self.loaded.reader(self.budget)
         for rows, filled in self._chunks(queries):
             batch = padded(self._batch([queries[row] for row in filled]))
-            logits = _next(reader, self.loaded.params, batch, budget)
+            logits = _next(reader, self.loaded.variables, batch, budget)
             found[rows] = np.asarray(logits)[: len(rows), first]
         return found
 
@@ -152,7 +152,7 @@ class ModelSubject:
             batch = {"pixels": batch["pixels"][:, 0]}
         else:
             raise UsageError(f"{loaded.folder} holds a model that has no vectors of {what}")
-        return _vectors(loaded.model, loaded.params, batch)
+        return _vectors(loaded.model, loaded.variables, batch)
 
     def _batch(self, queries: Sequence[Query]) -> Batch:
         shown: list[Any] = [query.images or None for query in queries]
@@ -184,20 +184,20 @@ class ModelSubject:
         return [*ids, *speaker.stop_ids[:1]] if whole else ids
 
 
-@functools.partial(jax.jit, static_argnames=("reader", "room"))
+@jit(static_argnames=("reader", "room"))
 def _read(
     reader: Reader, params: Any, batch: Batch, budget: Array | None, room: int
 ) -> tuple[Array, Any]:
     return reader.prefill(params, batch, budget, room)
 
 
-@functools.partial(jax.jit, static_argnames="reader")
+@jit(static_argnames="reader")
 def _next(reader: Reader, params: Any, batch: Batch, budget: Array | None) -> Array:
     """Log-probabilities [B, V] of the first token."""
     return jax.nn.log_softmax(reader.prefill(params, batch, budget, 0)[0], -1)
 
 
-@functools.partial(jax.jit, static_argnames="reader")
+@jit(static_argnames="reader")
 def _losses(
     reader: Reader, params: Any, logits: Array, cache: Any, ids: Array, counted: Array
 ) -> Array:
@@ -216,10 +216,9 @@ def _losses(
     return jnp.where(counted > 0, each, 0).sum(-1) / jnp.maximum(counted.sum(-1), 1)
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _vectors(model: Any, params: Any, batch: Mapping[str, Array]) -> Array:
+@jit(static_argnames="model")
+def _vectors(model: Any, variables: Any, batch: Mapping[str, Array]) -> Array:
     """One vector for each picture or text of a batch, float32 [B, D]."""
-    variables = {"params": params}
     if isinstance(model.config, DualConfig) and "pixels" in batch:
         return model.apply(variables, batch["pixels"], method="encode_image")
     if isinstance(model.config, DualConfig):

@@ -1,6 +1,5 @@
 """Token by token, from a cache: what a language model has to say to a batch of prompts."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -11,9 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo.generate.sampling import Knobs, Sampling, choose
+from zoo.models.core.compiled import jit
 from zoo.models.core.errors import UsageError
 from zoo.models.core.types import Array, Batch, Tokens
 from zoo.processors.lengths import text_length
+
+
+def variables_of(params: Any) -> Any:
+    """What a module is applied to, from its unboxed parameters; all of its variables, such as
+    `Loaded.variables`, stay what they are.
+    """
+    return params if "params" in params else {"params": params}
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,8 @@ class Reader:
     """Reads prompts and tokens and says what may come next: one model, one cache.
 
     The loop knows nothing else of a model. Whatever decodes from several readings of one answer
-    (with and without the picture, say) is `zoo.generate.branches.Combined`.
+    (with and without the picture, say) is `zoo.generate.branches.Combined`. What its methods call
+    `params` are the parameters, or all variables: see `variables_of`.
 
     Attributes:
       model: a `LanguageModel`.
@@ -63,7 +71,7 @@ class Reader:
         return budget if self.budget is None else self.budget
 
     def _call(self, method: str, params: Any, *args: Any, **options: Any) -> Any:
-        return self.model.apply({"params": params}, *args, method=method, **options)
+        return self.model.apply(variables_of(params), *args, method=method, **options)
 
 
 class Decoding(Protocol):
@@ -99,7 +107,7 @@ def generate(
 
     Args:
       model: a `LanguageModel`.
-      params: its unboxed parameters.
+      params: its unboxed parameters, or all of its variables.
       batch: prompts of any lengths, padded on the right with `text_mask` False.
       max_new_tokens: how long an answer may be, its `eos_id` included; 1 or more.
       eos_id: the token that ends an answer, or all that do.
@@ -245,7 +253,7 @@ class _State(NamedTuple):
     cache: Any
 
 
-@functools.partial(jax.jit, static_argnames="reader")
+@jit(static_argnames="reader")
 def _lengths(
     reader: Reader, params: Any, prompts: Batch, budget: Array | None
 ) -> tuple[Array, Array]:
@@ -257,7 +265,7 @@ def _lengths(
     return jnp.sum(valid, -1), valid
 
 
-@functools.partial(jax.jit, static_argnames=("reader", "room"))
+@jit(static_argnames=("reader", "room"))
 def _start(
     reader: Reader,
     params: Any,
@@ -285,7 +293,7 @@ def _start(
     return _write(state, choose(logits, seen, knobs, state.done), eos)
 
 
-@functools.partial(jax.jit, static_argnames="reader", donate_argnames="state")
+@jit(static_argnames="reader", donate_argnames="state")
 def _continue(
     reader: Reader, params: Any, state: _State, knobs: Knobs, eos: Array, until: Array
 ) -> _State:

@@ -26,14 +26,16 @@ from zoo.models.parts.assemblies.dual import DualConfig
 from zoo.models.parts.assemblies.language import CausalLMConfig
 from zoo.models.parts.assemblies.llava import LlavaConfig
 from zoo.models.parts.assemblies.qwen_vl import QwenVLConfig
+from zoo.models.parts.reduce.base import Reducer
 from zoo.models.parts.text.bert import BertConfig
+from zoo.processors import guide
 from zoo.processors.files import read_json
 from zoo.processors.hub_text import HubTokenizer
 from zoo.processors.image_config import read_views
 from zoo.processors.lengths import bucket, text_length
 from zoo.processors.native import NativeSpec
 from zoo.processors.template import ChatTemplate, Message, find_template
-from zoo.processors.views import AnyRes, Native, Single, Tiled, Views
+from zoo.processors.views import AnyRes, Native, Single, Stretched, Tiled, Views
 from zoo.processors.vision import NativeVision, TileVision, Vision
 
 Batch = dict[str, np.ndarray]
@@ -45,10 +47,13 @@ Pictures = Source | Sequence[Source] | None
 
 
 class Encoded(NamedTuple):
-    """A prompt: ids with one placeholder for each picture, and what is seen of these."""
+    """A prompt: ids with one placeholder for each picture, what is seen of these, and which of the
+    ids are the question.
+    """
 
     ids: list[int]
     seen: list[Any]
+    asked: list[bool]
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class HubProcessor:
         *,
         system: str | None = None,
         raw: bool = False,
+        reducer: Reducer | None = None,
     ) -> Batch:
         """A batch of prompts, ready for generation.
 
@@ -93,20 +99,29 @@ class HubProcessor:
             for it.
           raw: the prompts are texts as the model reads them, special tokens and placeholders
             included; no template is applied.
+          reducer: what leaves vision tokens out in the model. A prompt is then too long only if its
+            text alone is; the model counts the tokens that remain. Where it reads the text, `guide`
+            marks the question: of a conversation the last, of a raw prompt all of it.
 
         Returns:
           The arrays that `zoo.models.core.types` names, padded on the right, their lengths rounded
           up so that few shapes occur.
 
         Raises:
-          UsageError: the numbers of pictures and placeholders differ, or there is no prompt.
+          UsageError: the numbers of pictures and placeholders differ, there is no prompt, or none
+            of the question that the reducer reads.
           ZooError: a picture cannot be read, or a prompt is empty or too long.
         """
-        rows = self._encoded(images, prompts, system, raw)
+        rows = self._encoded(images, prompts, system, raw, reducer)
         ids, seen = [row.ids for row in rows], [row.seen for row in rows]
-        if self.vision is not None:
-            return self.vision.batch(ids, seen, self.pad)
-        return _padded(ids, self.pad, text_length(max(map(len, ids))))
+        if self.vision is None:
+            return _padded(ids, self.pad, text_length(max(map(len, ids))))
+        batch = self.vision.batch(ids, seen, self.pad)
+        if reducer is not None and reducer.reads_text:
+            batch["guide"] = np.zeros(batch["ids"].shape, bool)
+            for line, row in zip(batch["guide"], rows, strict=True):
+                line[: len(row.asked)] = row.asked
+        return batch
 
     def expanded_ids(
         self,
@@ -119,7 +134,7 @@ class HubProcessor:
         """The ids of every prompt with one placeholder for each vision token, as the processors of
         transformers return them, without padding. Arguments as in `encode_prompt`.
         """
-        rows = self._encoded(images, prompts, system, raw)
+        rows = self._encoded(images, prompts, system, raw, None)
         return [self._expanded(row) for row in rows]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -158,18 +173,26 @@ class HubProcessor:
         prompts: Prompt | Sequence[Prompt],
         system: str | None,
         raw: bool,
+        reducer: Reducer | None,
     ) -> list[Encoded]:
         pairs, rows = _pairs(images, prompts), []
         for number, (prompt, shown) in enumerate(pairs, 1):
             try:
-                rows.append(self._row(prompt, shown, system, raw))
+                rows.append(self._row(prompt, shown, system, raw, reducer))
             except ZooError as error:
                 if len(pairs) == 1:
                     raise
                 raise type(error)(f"prompt {number}: {error}") from error
         return rows
 
-    def _row(self, prompt: Prompt, shown: list[Source], system: str | None, raw: bool) -> Encoded:
+    def _row(
+        self,
+        prompt: Prompt,
+        shown: list[Source],
+        system: str | None,
+        raw: bool,
+        reducer: Reducer | None,
+    ) -> Encoded:
         if shown and self.vision is None:
             raise UsageError("this model reads text alone: leave the pictures out")
         if isinstance(prompt, str) and not prompt.strip():
@@ -178,9 +201,13 @@ class HubProcessor:
             raise UsageError("a raw prompt is a conversation: want a text")
         if isinstance(prompt, str) and (raw or self.template is None):
             text, around = self._plain(prompt, raw, bool(shown), system), True
+            question = [(0, len(text))]
         else:
-            text, around = self._rendered(prompt, len(shown), system)
-        ids = self.tokenizer.encode_marked(text, around=around)
+            reads = reducer is not None and reducer.reads_text
+            text, around = self._rendered(prompt, len(shown), system, reads)
+            text, question = guide.unmarked(text)
+        ids, places = self.tokenizer.locate_marked(text, around=around)
+        asked = [guide.inside(place, question) for place in places]
         found = 0
         if self.vision is not None:
             if self.vision.video_id in ids:
@@ -190,7 +217,7 @@ class HubProcessor:
                 )
             found = ids.count(self.vision.image_id)
             if self.around_image is not None:
-                ids = self._surrounded(ids)
+                ids, asked = self._surrounded(ids, asked)
         if found != len(shown):
             name = "" if self.vision is None else f" {self.tokenizer.token(self.vision.image_id)}"
             raise UsageError(
@@ -199,11 +226,14 @@ class HubProcessor:
             )
         alone = len(shown) == 1
         seen = [self.vision.see(read_image(picture), alone=alone) for picture in shown]
-        row = Encoded(ids, seen)
-        if (length := len(self._expanded(row))) > self.context:
+        if shown and reducer is not None and reducer.reads_text:
+            guide.check(asked, reducer)
+        row = Encoded(ids, seen, asked)
+        if (length := len(ids if reducer is not None else self._expanded(row))) > self.context:
+            counted = "" if reducer is not None else " with its pictures"
             raise ZooError(
-                f"the prompt has {length} tokens with its pictures and the model takes "
-                f"{self.context}: shorten it or show less"
+                f"the prompt has {length} tokens{counted} and the model takes {self.context}: "
+                "shorten it or show less"
             )
         return row
 
@@ -218,8 +248,12 @@ class HubProcessor:
             )
         return prompt if raw else self.tokenizer.mark(prompt)
 
-    def _rendered(self, prompt: Prompt, num_images: int, system: str | None) -> tuple[str, bool]:
-        """The text of a conversation, and whether special tokens are still to be put around it."""
+    def _rendered(
+        self, prompt: Prompt, num_images: int, system: str | None, find: bool
+    ) -> tuple[str, bool]:
+        """The text of a conversation, its question marked if it is to be found, and whether special
+        tokens are still to be put around it.
+        """
         if self.template is None:
             raise UsageError("this checkpoint has no chat template for a conversation: give a text")
         pictures = [{"type": "image"}] * num_images
@@ -228,6 +262,8 @@ class HubProcessor:
             messages = [{"role": "user", "content": self._content(prompt, pictures)}]
         if system is not None:
             messages = [{"role": "system", "content": self._content(system, [])}, *messages]
+        if find:
+            messages = guide.marked(messages)
         text = self.template.render(self.tokenizer.mark(messages, self.template.source))
         if not text.strip():
             raise UsageError("the conversation is empty: say what you want to know")
@@ -240,10 +276,13 @@ class HubProcessor:
         """What a turn says, in the form that the templates of this sort of model expect."""
         return text if self.vision is None else [*pictures, {"type": "text", "text": text}]
 
-    def _surrounded(self, ids: list[int]) -> list[int]:
+    def _surrounded(self, ids: list[int], asked: list[bool]) -> tuple[list[int], list[bool]]:
         before, after = self.around_image
-        image = self.vision.image_id
-        return [i for x in ids for i in ((before, x, after) if x == image else (x,))]
+        image, new = self.vision.image_id, []
+        for each, guides in zip(ids, asked, strict=True):
+            picture = [(before, False), (each, False), (after, False)]
+            new += picture if each == image else [(each, guides)]
+        return [each for each, _ in new], [guides for _, guides in new]
 
     def _expanded(self, row: Encoded) -> list[int]:
         if self.vision is None:
@@ -409,9 +448,17 @@ def _(config: BertConfig, folder: Path) -> PairProcessor:
 
 def _tile_vision(config: LlavaConfig, views: Single | AnyRes | Tiled, folder: Path) -> TileVision:
     """How tiles are read, if the pictures' settings fit the model."""
-    tokens, grid = config.tile_tokens, config.tower.grid
+    tokens, grid, crops = config.tile_tokens, config.tower.grid, config.crops
     settings = read_json(folder / "processor_config.json")
-    if isinstance(views, AnyRes) != config.newline:
+    if config.newline and crops is not None and isinstance(views, Single):
+        if not crops.square:
+            raise UsageError(
+                f"{folder}: the model sees a picture in rows of tiles, and crops of every tile, "
+                "which is square: want a policy whose crops make a square"
+            )
+        side = config.tower.image_size
+        views = Stretched(views.pipeline, side, max_tiles=crops.number, zoom=crops.side)
+    if isinstance(views, AnyRes | Stretched) != config.newline:
         has = "has a" if config.newline else "has no"
         raise ZooError(
             f"{folder}: a {type(views).__name__} is made of a picture and the model {has} newline "
@@ -423,18 +470,20 @@ def _tile_vision(config: LlavaConfig, views: Single | AnyRes | Tiled, folder: Pa
             f"{folder}: image_seq_length is {told} and the model makes {tokens} tokens of a tile: "
             "the two are not of one checkpoint"
         )
-    if config.crops is not None and not isinstance(views, Single):
+    if crops is not None and not isinstance(views, Single | Stretched):
         raise UsageError(
             f"{folder}: the model sees crops of every image, which are made of pictures that are "
             f"one tile only; those of a {type(views).__name__} are several"
         )
-    if not isinstance(views, AnyRes):
-        return TileVision(views, config.image_id, tokens, grid, crops=config.crops)
+    if not isinstance(views, AnyRes | Stretched):
+        return TileVision(views, config.image_id, tokens, grid, crops=crops)
     if tokens != grid[0] * grid[1]:
         raise UsageError(
             f"{folder}: a tile has {tokens} tokens, which are no grid of {grid[0]} x {grid[1]}: "
             "tokens beside the patches cannot be put into rows"
         )
+    if isinstance(views, Stretched):
+        return TileVision(views, config.image_id, tokens, grid, crops=crops)
     limit = settings.get("vision_aspect_ratio", "anyres_max_9") if views.several else None
     return TileVision(views, config.image_id, tokens, grid, limit and _anyres_max(limit))
 

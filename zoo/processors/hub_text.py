@@ -168,18 +168,32 @@ class HubTokenizer:
         Raises:
           ZooError: a marked token cannot be spelled otherwise.
         """
+        return self.locate_marked(text, around=around)[0]
+
+    def locate_marked(
+        self, text: str, *, around: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """What `encode_marked` returns, and the part of the text that each of these tokens spells:
+        where it begins and where it ends, the same for tokens that are put around.
+        """
         if _OPEN not in text and _CLOSE not in text:
-            return list(self._fast.encode(text, add_special_tokens=around).ids)
+            found = self._fast.encode(text, add_special_tokens=around)
+            return list(found.ids), list(found.offsets)
         pieces = self._marked.split(text)
-        ids = self._fast.encode(pieces[0], add_special_tokens=False).ids
+        first = self._fast.encode(pieces[0], add_special_tokens=False)
+        ids, places, at = list(first.ids), list(first.offsets), len(pieces[0])
         for i, piece in enumerate(pieces[1:], 1):
+            at += i % 2  # the mark before it, or one that stands alone
             if piece:
-                part = self._continued(piece, self._plain if i % 2 else self._fast)
+                part, spans = self._continued(piece, self._plain if i % 2 else self._fast)
                 if i % 2 and self.id(piece) in part:
                     raise ZooError(f"the text spells the control token {piece!r}: leave it out")
                 ids += part
+                places += [(at + begin, at + end) for begin, end in spans]
+                at += len(piece) + i % 2
         before, after = self._around if around else ([], [])
-        return [*before, *ids, *after]
+        none = [(0, 0)]
+        return [*before, *ids, *after], [*none * len(before), *places, *none * len(after)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, without special tokens."""
@@ -197,13 +211,17 @@ class HubTokenizer:
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (Path(folder) / CONFIG).write_text(text + "\n", "utf-8")
 
-    def _continued(self, piece: str, fast: Fast) -> list[int]:
-        """The ids of a part of a text, without the space that some set before a text."""
+    def _continued(self, piece: str, fast: Fast) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a part of a text, without the space that some set before a text, and which
+        part of it each spells.
+        """
         newline = self._newline
-        ids = list(fast.encode("\n" + piece, add_special_tokens=False).ids)
-        if ids[: len(newline)] == newline:
-            return ids[len(newline) :]
-        return list(fast.encode(piece, add_special_tokens=False).ids)
+        found = fast.encode("\n" + piece, add_special_tokens=False)
+        ids, cut = list(found.ids), len(newline)
+        if ids[:cut] == newline:
+            return ids[cut:], [(max(0, begin - 1), end - 1) for begin, end in found.offsets[cut:]]
+        found = fast.encode(piece, add_special_tokens=False)
+        return list(found.ids), list(found.offsets)
 
     def _find_control_tokens(self, literals: str) -> re.Pattern[str]:
         """Finds the tokens that count as such beside `literals`, the longest first."""

@@ -133,6 +133,47 @@ class Tiled:
 
 
 @dataclass(frozen=True)
+class Stretched:
+    """The picture stretched to one tile and to a grid of tiles, and each of these again in crops,
+    from the picture in several times the size, as DeepStack has it in high resolution.
+
+    Attributes:
+      pipeline: what every tile and crop goes through; its `resize` and `crop` are not used.
+      tile: side of tiles and crops.
+      max_tiles: of a grid, which has two at least.
+      zoom: rows and columns of the crops of a tile.
+    """
+
+    pipeline: Pipeline
+    tile: int
+    max_tiles: int = 4
+    zoom: int = 2
+
+    def resolution(self, size: Size) -> Size:
+        """What a picture of `size` is stretched to before it is cut into tiles."""
+        rows, columns = crop_grid(size, tile=self.tile, crops=self.max_tiles)
+        return rows * self.tile, columns * self.tile
+
+    def tiles(self, picture: np.ndarray, *, alone: bool = True) -> np.ndarray:
+        """[M, h, w, 3] float32 of `picture` [H, W, 3] uint8; the first shows all of it."""
+        return self._views(picture, 1)[:, 0]
+
+    def closer(self, picture: np.ndarray) -> np.ndarray:
+        """The crops of each of the tiles, row by row: [M, zoom^2, h, w, 3] float32."""
+        return self._views(picture, self.zoom)
+
+    def _views(self, picture: np.ndarray, zoom: int) -> np.ndarray:
+        """Every tile in `zoom` times its size, cut into tiles."""
+        side, (height, width) = zoom * self.tile, self.resolution(picture.shape[:2])
+        whole = resized(picture, (side, side), self.pipeline.filter)
+        large = resized(picture, (zoom * height, zoom * width), self.pipeline.filter)
+        parts = cut(large, (height // self.tile, width // self.tile))
+        return self.pipeline.normalised(
+            np.stack([cut(part, (zoom, zoom)) for part in (whole, *parts)])
+        )
+
+
+@dataclass(frozen=True)
 class Native:
     """Patches of the picture in nearly its own resolution, as Qwen2-VL has it.
 
@@ -161,7 +202,7 @@ class Native:
         return spec.picture(frame[None])
 
 
-Views = Single | AnyRes | Tiled | Native
+Views = Single | AnyRes | Tiled | Stretched | Native
 
 
 def _of(box: Box) -> tuple[slice, slice]:

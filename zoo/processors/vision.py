@@ -1,5 +1,6 @@
 """How the pictures of a vision-language model become arrays: as tiles, or in native resolution."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -9,20 +10,20 @@ from zoo.models.parts.connect.crops import Crops
 from zoo.processors import tiling
 from zoo.processors.lengths import bucket, text_length
 from zoo.processors.native import NativeSpec, Picture
-from zoo.processors.tiling import Reading
-from zoo.processors.views import AnyRes, Native, Single, Tiled
+from zoo.processors.tiling import Reading, Size
+from zoo.processors.views import AnyRes, Native, Single, Stretched, Tiled
 
 Batch = dict[str, np.ndarray]
 
 
 class Seen(NamedTuple):
     """One picture as a model that reads tiles sees it: [tiles, h, w, 3], which tokens, and for some
-    models crops with their rows and columns.
+    models the crops of every tile with their rows and columns.
     """
 
     tiles: np.ndarray
     reading: Reading
-    crops: tuple[np.ndarray, tuple[int, int]] | None = None
+    crops: tuple[tuple[np.ndarray, tuple[int, int]], ...] = ()
 
 
 class Vision(Protocol):
@@ -60,10 +61,10 @@ class TileVision:
       grid: rows and columns of these, where rows of tiles are read.
       max_tiles: see `zoo.processors.tiling.anyres`.
       video_id: the placeholder of a video.
-      crops: what the model sees besides a picture that is one tile; None for nothing.
+      crops: what the model sees besides the tiles of a `Single` or a `Stretched`; None for nothing.
     """
 
-    views: Single | AnyRes | Tiled
+    views: Single | AnyRes | Tiled | Stretched
     image_id: int
     tokens: int
     grid: tuple[int, int]
@@ -73,23 +74,24 @@ class TileVision:
 
     def see(self, picture: np.ndarray, *, alone: bool) -> Seen:
         """Tiles and reading of one picture."""
-        tiles = self.views.tiles(picture, alone=alone)
-        whole = isinstance(self.views, AnyRes) and (alone or not self.views.several)
-        if not whole:
-            newline, crops = isinstance(self.views, AnyRes), None
-            if self.crops is not None and isinstance(self.views, Single):
-                number, square = self.crops.number, self.crops.square
-                crops = self.views.closer(picture, crops=number, square=square)
-            reading = tiling.whole_tiles(len(tiles), self.tokens, newline=newline)
-            return Seen(tiles, reading, crops)
-        reading = tiling.anyres(
-            picture.shape[:2],
-            self.views.resolutions,
-            tile=self.views.tile,
-            grid=self.grid,
-            max_tiles=self.max_tiles,
-        )
-        return Seen(tiles, reading)
+        views, size = self.views, picture.shape[:2]
+        tiles = views.tiles(picture, alone=alone)
+        if isinstance(views, Stretched):  # to a resolution that it fills
+            size = views.resolution(size)
+            crops = tuple((parts, (views.zoom,) * 2) for parts in views.closer(picture))
+            return Seen(tiles, self._in_rows(size, (size,), views.tile), crops)
+        if isinstance(views, AnyRes) and (alone or not views.several):
+            return Seen(tiles, self._in_rows(size, views.resolutions, views.tile))
+        newline = isinstance(views, AnyRes)
+        reading, crops = tiling.whole_tiles(len(tiles), self.tokens, newline=newline), ()
+        if self.crops is not None and isinstance(views, Single):
+            number, square = self.crops.number, self.crops.square
+            crops = (views.closer(picture, crops=number, square=square),)
+        return Seen(tiles, reading, crops)
+
+    def _in_rows(self, size: Size, resolutions: Sequence[Size], tile: int) -> Reading:
+        options = {"tile": tile, "grid": self.grid, "max_tiles": self.max_tiles}
+        return tiling.anyres(size, resolutions, **options)
 
     def num_tokens(self, seen: Seen) -> int:
         """How many vision tokens take the place of its placeholder."""
@@ -110,19 +112,18 @@ class TileVision:
             return text
         readings = [[picture.reading for picture in row] for row in seen]
         tiles = [[picture.tiles for picture in row] for row in seen]
-        if isinstance(self.views, Single):  # the order of the pixels is that of the slots
-            batch = {**text, "pixels": tiling.stack_tiles(tiles, num_tiles=images)}
-            if self.crops is None:
-                return batch
-            crops = [[p.crops for p in row if p.crops is not None] for row in seen]
-            most = self.crops.number
-            return batch | tiling.stack_crops(crops, crops=most, num_images=images)
-        most = bucket(max(sum(reading.tiles for reading in row) for row in readings))
-        slots = bucket(max(sum(reading.size for reading in row) for row in readings))
-        places = tiling.pack(
-            readings, tokens=self.tokens, num_images=images, num_tiles=most, num_slots=slots
-        )
-        return {**text, **places, "pixels": tiling.stack_tiles(tiles, num_tiles=most)}
+        most, batch = images, text
+        if not isinstance(self.views, Single):  # there the order of the pixels is that of the slots
+            most = bucket(max(sum(reading.tiles for reading in row) for row in readings))
+            slots = bucket(max(sum(reading.size for reading in row) for row in readings))
+            batch |= tiling.pack(
+                readings, tokens=self.tokens, num_images=images, num_tiles=most, num_slots=slots
+            )
+        batch["pixels"] = tiling.stack_tiles(tiles, num_tiles=most)
+        if self.crops is None:
+            return batch
+        crops = [[each for picture in row for each in picture.crops] for row in seen]
+        return batch | tiling.stack_crops(crops, crops=self.crops.number, num_images=most)
 
 
 @dataclass(frozen=True)

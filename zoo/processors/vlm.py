@@ -10,7 +10,8 @@ import numpy as np
 
 from zoo.images import Source, listed, read_image
 from zoo.models.core.errors import UsageError, ZooError
-from zoo.processors import chat
+from zoo.models.parts.reduce.base import Reducer
+from zoo.processors import chat, guide
 from zoo.processors.image import ImageProcessor
 from zoo.processors.text import Tokenizer
 
@@ -103,7 +104,11 @@ class Processor:
         }
 
     def encode_prompt(
-        self, images: Source | Sequence[Source | None] | None, prompts: str | Sequence[str]
+        self,
+        images: Source | Sequence[Source | None] | None,
+        prompts: str | Sequence[str],
+        *,
+        reducer: Reducer | None = None,
     ) -> Example:
         """A batch of first questions, ready for generation.
 
@@ -111,14 +116,16 @@ class Processor:
           images: one picture per prompt, a tuple of several, or None for text alone; a single one
             may stand by itself.
           prompts: the questions; a single one may stand by itself.
+          reducer: what leaves vision tokens out in the model: where it reads the text, `guide`
+            [B, T] marks the question.
 
         Returns:
           pixels [B, I, H, W, 3], ids [B, T] and text_mask [B, T] as in `encode`, padded on the
           right.
 
         Raises:
-          UsageError if the numbers differ; ZooError if a picture cannot be read or a prompt is
-          empty or too long.
+          UsageError if the numbers differ, or a prompt has none of the words that the reducer
+          reads; ZooError if a picture cannot be read or a prompt is empty or too long.
         """
         asked = [prompts] if isinstance(prompts, str) else list(prompts)
         shown = [images] if images is None or isinstance(images, Source) else list(images)
@@ -129,6 +136,10 @@ class Processor:
         if not asked:
             raise UsageError("got no prompts: want at least one")
         examples = [self._prompt(*pair) for pair in zip(shown, asked, strict=True)]
+        if reducer is not None and reducer.reads_text:
+            for example in examples:
+                example["guide"] = self._question(example["ids"])
+                guide.check(example["guide"].tolist(), reducer)
         return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -173,6 +184,11 @@ class Processor:
                 "takes: shorten it"
             )
         return self._example(images, ids)
+
+    def _question(self, ids: np.ndarray) -> np.ndarray:
+        """Which of the ids are the words of the question."""
+        turn = np.cumsum(ids == self.tokenizer.user) > np.cumsum(ids == self.tokenizer.assistant)
+        return turn & (ids != self.tokenizer.user) & (ids != self.tokenizer.image)
 
     def _unused(self, images: Sequence[Source]) -> int:
         """Placeholders in the padding of an example; its text has one even without a picture."""

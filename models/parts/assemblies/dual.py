@@ -15,7 +15,7 @@ from flax import struct
 
 from zoo.models.core.config import ModelConfig
 from zoo.models.core.keytable import Row, Table, flat, linear, same
-from zoo.models.core.types import Array, Batch
+from zoo.models.core.types import Array, Aux, Batch, Features
 from zoo.models.parts.layers.linear import Proj
 from zoo.models.parts.text.clip import TextConfig, text_table
 from zoo.models.parts.towers.vit import ViTConfig, clip_table
@@ -74,11 +74,13 @@ class Pairs:
       image: float32 [B, P], of unit length.
       text: float32 [T, P], of unit length.
       logits: float32 [B, T], scaled similarities of every image with every text.
+      aux: what else the model reports; losses, already weighted, have names that end with `_loss`.
     """
 
     image: Array
     text: Array
     logits: Array
+    aux: Aux = struct.field(default_factory=dict)
 
 
 class DualEncoder(nn.Module):
@@ -113,12 +115,20 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, pixels: Array) -> Array:
         """Images [..., H, W, 3] to float32 embeddings of unit length [..., P]."""
-        pooled = self.vision(pixels).cls
-        return _unit(self.image_projection(pooled) if self.config.project_image else pooled)
+        return self.image_of(self.vision(pixels))
 
     def encode_text(self, ids: Array, mask: Array | None = None) -> Array:
         """Texts [T, L] to float32 embeddings of unit length [T, P]. `mask` as in `TextTower`."""
-        return _unit(self.text_projection(self.text(ids, mask=mask).cls))
+        return self.text_of(self.text(ids, mask=mask))
+
+    def image_of(self, features: Features) -> Array:
+        """What the vision tower has made of images, as embeddings."""
+        pooled = features.cls
+        return _unit(self.image_projection(pooled) if self.config.project_image else pooled)
+
+    def text_of(self, features: Features) -> Array:
+        """What the text tower has made of texts, as embeddings."""
+        return _unit(self.text_projection(features.cls))
 
     def compare(self, image: Array, text: Array) -> Array:
         """Logits [B, T] of embeddings [B, P] and [T, P]."""

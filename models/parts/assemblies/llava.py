@@ -5,6 +5,7 @@ cut into tiles, whose tokens the batch's `layout` puts into reading order, with 
 between rows (LLaVA-NeXT, arXiv:2408.03326): see `zoo.processors.tiling`.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from zoo.models.parts.connect.crops import Crops, join_views
 from zoo.models.parts.connect.mlp import MLPConnector
 from zoo.models.parts.decoders.composition import compose
 from zoo.models.parts.decoders.gqa import Decoder, DecoderConfig, Plan, decoder_table
+from zoo.models.parts.layers.detach import detached
 from zoo.models.parts.layers.linear import table_init
 from zoo.models.parts.reduce import station
 from zoo.models.parts.reduce.base import Reducer, Seen, Text, Wants
@@ -107,6 +109,12 @@ class LlavaConfig(ModelConfig):
         if self.reducing:
             station.point_of(self.reducer, self.connector, taps=self.tap_source is not None)
             self.reducer.wants(self.tower, self.read_layer)
+            if len(self.layers) > 1 and self.running_tower is not self.tower:
+                raise ValueError(
+                    f"vision_layer = {self.vision_layer}: {type(self.reducer).__name__} merges "
+                    "tokens in the tower, whose layers then have different numbers of them; want "
+                    "a model that reads one layer"
+                )
 
     @property
     def reducing(self) -> bool:
@@ -114,6 +122,13 @@ class LlavaConfig(ModelConfig):
         return self.reducer is not None and (
             self.reducer.num_kept(self.tile_tokens) < self.tile_tokens
         )
+
+    @property
+    def running_tower(self) -> Any:
+        """The tower, in whose layers the reducer may have put policies."""
+        if not self.reducing or self.reducer is None:
+            return self.tower
+        return self.reducer.tower(self.tower, self.read_layer)
 
     @property
     def _no_newlines(self) -> bool:
@@ -185,10 +200,11 @@ class LlavaConfig(ModelConfig):
         return tuple(f"tower/{name}" for name in names) + own
 
     def plan(self) -> Plan:
-        """The decoder's plan with all policies applied."""
+        """The decoder's plan with all policies applied, those of the reducer last."""
+        own = self.reducer.policies(self.read_layer) if self.reducing and self.reducer else ()
         return compose(
             self.decoder.plan(),
-            self.policies,
+            (*self.policies, *own),
             slots=self.slots,
             memory=() if self.tap_source is None else ("taps",),
         )
@@ -230,7 +246,7 @@ class Llava(LanguageModel):
 
     def setup(self) -> None:
         c = self.config
-        self.tower = c.tower.build()
+        self.tower = c.running_tower.build()
         vision_width = c.tower.width * max(1, len(c.layers))
         self.connector = c.connector.build(vision_width, c.decoder.width, c.tower.grid)
         self.decoder = Decoder(c.decoder, c.plan())
@@ -331,10 +347,14 @@ class Llava(LanguageModel):
         grid = None if stride is None else (rows // stride, columns // stride)
         facts = {"tiles": batch.get("tiles"), "layer": c.read_layer, "prefix": c.tower.prefix}
         if point == "tower":
+            facts["number"] = math.prod(whole.grid) if whole.aux else None
             seen = station.seen_by(c.reducer, whole.tokens, whole, grid=grid, **facts)
             kept = self.reducer(seen, text, keep=seen.per_tile)
             inner = Features(kept.tokens, features.grid)
             visual = self._connect(inner, batch, None)
+            if "labels" in batch:
+                memory = c.reducer.remember(whole, self._connect_detached)
+                visual = visual.replace(memory={**visual.memory, **memory})
             return visual.replace(tokens=kept.replace(tokens=visual.tokens.tokens)), seen
         visual = self._connect(features, batch, budget)
         found = visual.tokens
@@ -374,6 +394,12 @@ class Llava(LanguageModel):
             return self.connector(features, budget=budget)
         grid = batch.get("view_grid")
         return self.taps(features, self.connector, view_grid=grid, budget=budget)
+
+    def _connect_detached(self, tokens: Array) -> Array:
+        """What the connector makes of tokens one by one, with no gradient to its parameters."""
+        features = Features(tokens, tokens.shape[-2:-1])
+        connected: Array = detached(self.connector, features).tokens.tokens
+        return connected
 
     def _remaining(
         self, batch: Batch, vision: TokenSet, seen: Seen | None, text: Text, extra: Array | None

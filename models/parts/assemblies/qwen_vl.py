@@ -16,7 +16,7 @@ from zoo.models.core.config import ModelConfig
 from zoo.models.core.errors import UsageError
 from zoo.models.core.hf import Fields
 from zoo.models.core.keytable import Table
-from zoo.models.core.types import Array, Batch, Memory, Stream, TokenSet, Visual
+from zoo.models.core.types import Array, Batch, Memory, Stream, TokenSet, Visual, take
 from zoo.models.parts.assemblies.language import LanguageModel
 from zoo.models.parts.assemblies.splice import splice
 from zoo.models.parts.decoders.composition import compose
@@ -24,6 +24,8 @@ from zoo.models.parts.decoders.gqa import Decoder, DecoderConfig, Plan, decoder_
 from zoo.models.parts.decoders.policies import AddTap, wrap
 from zoo.models.parts.decoders.reading import read_decoder, read_rope
 from zoo.models.parts.layers.rope import RopeConfig
+from zoo.models.parts.reduce import native, station
+from zoo.models.parts.reduce.base import Reducer
 from zoo.models.parts.towers.qwen_vit import (
     PatchMerger,
     QwenViTConfig,
@@ -75,6 +77,8 @@ class QwenVLConfig(ModelConfig):
         its own; those of the first are added to the hidden states of the same image tokens behind
         the decoder's first layer, those of the second behind its second, and so on.
       policies: applied to the decoder's plan in this order; the first is innermost.
+      reducer: leaves vision tokens out before the decoder, see `zoo.models.parts.reduce.native`;
+        None keeps all.
       image_id: the placeholder id of an image.
       video_id: the placeholder id of a video.
       tokens_per_second: temporal positions per second of video; None: one per pair of frames. The
@@ -89,6 +93,7 @@ class QwenVLConfig(ModelConfig):
     decoder: DecoderConfig = QWEN2_7B
     levels: tuple[int, ...] = ()
     policies: tuple[Any, ...] = ()
+    reducer: Reducer | None = None
     image_id: int = 151_655
     video_id: int = 151_656
     tokens_per_second: float | None = None
@@ -106,7 +111,27 @@ class QwenVLConfig(ModelConfig):
             raise ValueError(
                 f"levels = {self.levels}: want rising depths of the tower, 1 to {self.tower.depth}"
             )
+        if self.reducer is not None:
+            native.check(self.reducer, self.tower)
+            if self.levels:
+                raise ValueError(
+                    f"levels = {self.levels}: these are added to all image tokens; want no "
+                    "reducer, or a model without levels"
+                )
         self.plan()
+
+    @property
+    def reducing(self) -> bool:
+        """Whether there is a reducer, and it leaves anything out."""
+        return self.reducer is not None and self.reducer.keep != 1.0
+
+    @property
+    def slots(self) -> int:
+        """Vision tokens of the examples that `inputs` describes, as the decoder sees them."""
+        every = self.num_images * self.image_tokens
+        if not self.reducing or self.reducer is None:
+            return every
+        return self.reducer.num_slots(1, every, every)
 
     @property
     def image_tokens(self) -> int:
@@ -115,7 +140,7 @@ class QwenVLConfig(ModelConfig):
 
     def plan(self) -> Plan:
         """The decoder's plan with all policies applied, and the levels added between its layers."""
-        slots = self.num_images * self.image_tokens
+        slots = self.slots
         plan = compose(self.decoder.plan(), self.policies, slots=slots)
         if not self.levels:
             return plan
@@ -165,6 +190,9 @@ class QwenVL(LanguageModel):
         self.connector = PatchMerger(*sizes)
         self.level = [PatchMerger(*sizes, norm_blocks=True) for _ in c.levels]
         self.decoder = Decoder(c.decoder, c.plan())
+        if c.reducing:
+            assert c.reducer is not None
+            self.reducer = c.reducer.build(c.decoder.width, c.decoder.width)
 
     def encode_image(self, batch: Batch) -> Visual:
         """The pictures of a batch (its names that begin with `patch`) as tokens [B, 1, S, D]: those
@@ -201,27 +229,41 @@ class QwenVL(LanguageModel):
                 raise ValueError(f"a batch with patches also needs {' and '.join(missing)}")
             visual = self.encode_image(batch)
             vision, memory = visual.tokens, visual.memory
-        ids, image_id = batch["ids"], self.config.image_id
+        c = self.config
+        embedded = self.decoder.embed(batch["ids"])
+        ids = jnp.where(batch["ids"] == c.video_id, c.image_id, batch["ids"])
+        places, kept = {"sizes": batch.get("sizes")}, None
+        if c.reducing and vision is not None:
+            assert c.reducer is not None
+            text = station.text_of({**batch, "ids": ids}, embedded, c.image_id)
+            kept = native.reduced(self.reducer, c.reducer, vision, text, batch["sizes"])
+            assert kept.places is not None
+            places = {"sizes": kept.places.sizes, "layout": kept.places.layout}
         stream = splice(
-            jnp.where(ids == self.config.video_id, image_id, ids),
-            self.decoder.embed(ids),
-            vision,
-            image_id=image_id,
-            text_mask=batch.get("text_mask"),
-            labels=batch.get("labels"),
-            segments=batch.get("segments"),
-            sizes=batch.get("sizes"),
+            ids,
+            embedded,
+            vision if kept is None else kept.vision,
+            image_id=c.image_id,
+            **places,
+            **{name: batch.get(name) for name in ("text_mask", "labels", "segments", "guide")},
         )
-        if vision is not None:
-            check = stream.tokens.valid.shape
-            if batch["positions"].shape != (*check, 3):
-                raise ValueError(
-                    f"positions: got {batch['positions'].shape}, want {(*check, 3)}, one for every "
-                    "token of the expanded sequence"
-                )
-            tokens = stream.tokens.replace(position=batch["positions"].astype(jnp.float32))
-            stream = stream.replace(tokens=tokens)
-        return stream, memory
+        if vision is None:
+            return stream, memory
+        rows, length = ids.shape
+        whole = (rows, length - batch["sizes"].shape[1] + vision.tokens.shape[2], 3)
+        if batch["positions"].shape != whole:
+            raise ValueError(
+                f"positions: got {batch['positions'].shape}, want {whole}, one for every token of "
+                "the expanded sequence"
+            )
+        position = batch["positions"]
+        if kept is not None:
+            # The places that the tokens have in the whole sequence are where their positions are.
+            stream = kept.restore(stream, replace(c.reducer, positions="original"))
+            place = jnp.clip(stream.tokens.position.astype(jnp.int32), 0, whole[1] - 1)
+            position = take(position, place)
+        tokens = stream.tokens.replace(position=position.astype(jnp.float32))
+        return stream.replace(tokens=tokens), memory
 
 
 def qwen_vl_table(config: QwenVLConfig) -> Table:

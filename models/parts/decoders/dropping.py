@@ -5,7 +5,7 @@ slots (`Stream.whole`), and for each row the tag `vision_total` of its tokens, s
 fewer vision tokens than slots.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -15,6 +15,8 @@ import numpy as np
 from flax import struct
 
 from zoo.models.core.types import IGNORE, IMAGE, Array, Aux, Memory, Stream, Tokens, take
+from zoo.models.parts.decoders.gqa import Plan
+from zoo.models.parts.decoders.policies import wrap
 from zoo.models.parts.layers.block import QKV
 from zoo.models.parts.layers.plan import LayerPolicy, Run
 from zoo.models.parts.layers.selection import pick
@@ -30,6 +32,14 @@ def guiding(tokens: Tokens) -> Array:
     """The text that guides a method, bool [B, L]: what the tag `guide` marks, or all of it."""
     text = tokens.valid & (tokens.modality != IMAGE)
     return text & tokens.tags["guide"] if "guide" in tokens.tags else text
+
+
+def instruction(tokens: Tokens) -> Array:
+    """What `guiding` says, without answers that are learned, bool [B, L]."""
+    text = guiding(tokens)
+    if "label" not in tokens.tags:
+        return text
+    return text & ~jnp.pad(tokens.tags["label"] != IGNORE, ((0, 0), (1, 0)))[:, :-1]
 
 
 def last_guiding(tokens: Tokens) -> Array:
@@ -114,7 +124,14 @@ def with_total(stream: Stream) -> tuple[Stream, Array]:
     return stream, tokens.tags["vision_total"][:, 0]
 
 
-def drop(stream: Stream, score: Array, number: NumberOf, *, hide: bool = False) -> Stream:
+def drop(
+    stream: Stream,
+    score: Array,
+    number: NumberOf,
+    *,
+    hide: bool = False,
+    among: Array | None = None,
+) -> Stream:
     """The stream with the best of its vision tokens, in their order, and all else.
 
     Args:
@@ -122,13 +139,17 @@ def drop(stream: Stream, score: Array, number: NumberOf, *, hide: bool = False) 
       score: [B, L].
       number: how many remain of those that a row had at first.
       hide: the others stay where they are, and nobody sees them.
+      among: bool [B, L], the only ones that may remain: `number` is then a bound.
     """
     stream, total = with_total(stream)
     counts = np.array([number(n) for n in range(stream.whole + 1)], np.int32)
     capacity = stream.slots if hide else min(int(counts[-1]), stream.slots)
     image = stream.tokens.modality == IMAGE
-    score = jnp.where(stream.tokens.valid, score, jnp.finfo(jnp.float32).min)
+    fit = stream.tokens.valid if among is None else stream.tokens.valid & among
+    score = jnp.where(fit, score, jnp.finfo(jnp.float32).min)
     count = jnp.asarray(counts)[total]
+    if among is not None:
+        count = jnp.minimum(count, (fit & image).sum(-1))
     index, keep = pick(score, image, count, slots=stream.slots, capacity=capacity)
     hidden, tokens = take((stream.hidden, stream.tokens), index)
     tokens = tokens.replace(valid=tokens.valid & keep)
@@ -221,6 +242,14 @@ class DropAfter(LayerPolicy):
         measured = jax.lax.stop_gradient(self.measure(layer, stream, memory))
         stream, state, _ = run(stream, state)
         return self.after(stream, measured, self.number), state, aux
+
+
+def dropping(plan: Plan, policies: Mapping[int, LayerPolicy]) -> Plan:
+    """The plan whose layers drop tokens after they have run, by `policies`; those that come next
+    report what is left.
+    """
+    nexts = {layer + 1 for layer in policies} - {len(plan), *policies}
+    return wrap(plan, {**policies, **dict.fromkeys(nexts, DropAfter())})
 
 
 @struct.dataclass

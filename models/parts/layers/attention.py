@@ -73,6 +73,28 @@ def everything(query: Tokens, key: Tokens) -> None:
     del query, key
 
 
+@dataclass(frozen=True)
+class BySize:
+    """Another rule, under which a token counts as often as its tag `size` says it has parts; as it
+    is where tokens have no such tag.
+
+    Follows: arXiv:2210.09461, section 3.
+    """
+
+    rule: Rule
+
+    def __call__(self, query: Tokens, key: Tokens) -> Array | None:
+        seen, size = self.rule(query, key), key.tags.get("size")
+        if size is None:
+            return seen
+        more = jnp.log(size)[:, None, :]  # [B, 1, S]
+        if seen is None:
+            return jnp.broadcast_to(more, (*query.valid.shape, size.shape[1]))
+        if seen.dtype == jnp.bool_:
+            return jnp.where(seen, more, jnp.finfo(jnp.float32).min)
+        return seen + more
+
+
 def valid_only(query: Tokens, key: Tokens) -> Array:
     """Every token sees every valid token: bidirectional encoders with padding."""
     return jnp.broadcast_to(key.valid[:, None, :], (*query.valid.shape, key.valid.shape[1]))

@@ -40,6 +40,8 @@ class LayerPolicy:
       splits: it runs the halves of the layer itself instead of calling `run`; only the innermost
         may.
       drops: it removes tokens from the stream for good.
+      reshapes: every one of its layers changes how many tokens there are, so that they are not
+        scanned.
       reads: names of the memory that it reads, which has something for every vision token.
     """
 
@@ -47,6 +49,7 @@ class LayerPolicy:
     shared: ClassVar[bool] = False
     splits: ClassVar[bool] = False
     drops: ClassVar[bool] = False
+    reshapes: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ()
 
     def module(self, block: nn.Module) -> nn.Module | None:

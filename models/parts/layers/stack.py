@@ -125,7 +125,9 @@ class Stack(nn.Module):
         found: list[Segment] = []
         covered = cover(tuple(step.kind for step in self.steps[start:stop]))
         for first, period, repeats in covered:
-            if self.scan and not unstacked and repeats >= SCAN_FROM:
+            unit = self.steps[start + first : start + first + period]
+            fixed = not any(policy.reshapes for step in unit for policy in step.policies)
+            if self.scan and fixed and not unstacked and repeats >= SCAN_FROM:
                 found.append((start + first, period, repeats))
             else:
                 found += [(start + first + i, 1, 1) for i in range(period * repeats)]

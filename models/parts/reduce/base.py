@@ -31,6 +31,8 @@ interpolates between tokens (large pictures and videos of LLaVA-OneVision) the s
 turns scores of the tower's patches into those of the tokens at hand, and `choose` keeps the share
 of every tile. A method that merges is refused where its point is not to be had.
 
+Pictures in their native resolution (Qwen2-VL) have no tiles: see `zoo.models.parts.reduce.native`.
+
 What becomes of tiles. Kept tokens of a picture that was cut into tiles stand in the order that
 `arrange` names, see `Arrange`. A method that keeps all tokens is not run: the model is the plain
 one. The kept tokens carry their old place: the tag `cell` of the decoder's tokens is the number
@@ -40,6 +42,11 @@ How many. `keep` is a number of tokens per tile or a share of them; `num_kept` m
 number of it. A method whose numbers depend on the picture returns `mask` within a static bound:
 `num_kept` per tile in the sequence (`num_slots` in all), while the set that it returns may have
 more rows for a tile than that.
+
+In the tower. A method may also merge tokens in the layers of the tower: `tower` puts policies into
+its plan (`ViTConfig.policies`), and `reduce` is then given what these have left, with their reports
+in `Features.aux`. `policies` adds some to the decoder, which read in training what `remember` makes
+of the tower's features. Parameters of such policies stand with those of the layers.
 
 Parameters. A method that learns overrides `build`, which by default makes a module without any;
 they are called `reducer/...`, and drawn fresh where a checkpoint is loaded or `with_` adds them.
@@ -54,10 +61,12 @@ Text. A method with `reads_text` gets the embedded text; `Text.mask` is what may
 batch's `guide` marks (one question of a conversation, say), or else all of the text. Policies find
 the same in the tag `guide`, where the batch has one, and what they take for the last token of the
 instruction is the last of these. Prompts are read anew for each question, so that a method chooses
-for the question that `guide` marks: the last, or the first again.
+for the question that `guide` marks: the last, or the first again. `zoo.loaded.Loaded.encode` marks
+the question of a prompt for methods with `reads_text`, and makes the vector that `inputs` may want.
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -249,6 +258,32 @@ class Reducer:
           merge `groups`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it keeps")
+
+    def tower(self, tower: Any, layer: int) -> Any:
+        """The tower that it wants to be run in place of that of the model.
+
+        Args:
+          tower: the tower's configuration.
+          layer: whose output is read, from 1.
+        """
+        del layer
+        return tower
+
+    def policies(self, layer: int) -> tuple[Any, ...]:
+        """Policies of the decoder that belong to it; `layer` as in `tower`."""
+        del layer
+        return ()
+
+    def remember(self, features: Features, connect: Callable[[Array], Array]) -> dict[str, Any]:
+        """What its policies read of the decoder's memory in training.
+
+        Args:
+          features: what the tower made, with the leading axes [B, M].
+          connect: what the connector makes of tokens [B, M, N, C] that it works on one by one, with
+            no gradient to its parameters.
+        """
+        del features, connect
+        return {}
 
     def build(self, vision_width: int, width: int) -> nn.Module:
         """The module that is called as `reduce` is.

@@ -1,10 +1,13 @@
-"""Merging tokens that are alike. Follows: arXiv:2210.09461 (bipartite matching)."""
+"""Merging tokens that are alike. Follows: arXiv:2210.09461 (bipartite matching), arXiv:2305.17455
+(matching of all with all).
+"""
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from zoo.models.core.types import Array
+from zoo.models.parts.reduce.choose import gather
 
 
 def unit(x: Array, *, eps: float = 1e-12) -> Array:
@@ -77,3 +80,95 @@ def mean_by_group(x: Array, groups: Array, number: int, *, weight: Array | None 
     total = member.sum(-1, keepdims=True)
     summed = jnp.einsum("...gn,...nd->...gd", member, x.astype(jnp.float32))
     return (summed / jnp.where(total == 0, 1, total)).astype(x.dtype)
+
+
+@struct.dataclass
+class Pairing(Matching):
+    """Which tokens are merged into which, where each may be merged into any other.
+
+    Attributes:
+      source: int32 [..., r], those that are merged.
+      target: int32 [..., r], what each of these is merged into, which may be the same for several.
+    """
+
+    source: Array
+    target: Array
+
+
+def likeness(metric: Array, protected: Array) -> Array:
+    """Cosines of all pairs of tokens that may be merged, float32 [..., N, N]; -inf of a token with
+    itself and with protected ones.
+
+    Args:
+      metric: [..., N, C], what is compared.
+      protected: bool [..., N].
+    """
+    similar = cosine(metric, metric)
+    similar = jnp.maximum(similar, similar.swapaxes(-1, -2))  # alike in both directions, exactly
+    apart = (
+        protected[..., None, :] | protected[..., :, None] | jnp.eye(metric.shape[-2], dtype=bool)
+    )
+    return jnp.where(apart, -jnp.inf, similar)
+
+
+def match_all(alike: Array, importance: Array, r: int, *, order: Array | None = None) -> Pairing:
+    """Pair `r` tokens, each with the one that is most like it of those that stay.
+
+    The tokens are ranked by how much they are like any other, and may be merged into those of later
+    rank only, so that of two that are nearest to each other one stays. Of what may be merged, those
+    go that are most like another and matter least. Follows: arXiv:2305.17455, section 3.2.
+
+    Args:
+      alike: [..., N, N], see `likeness`.
+      importance: float32 [..., N].
+      r: how many; at most half of the tokens that may be merged.
+      order: int [..., N], the ranking; by default that of `alike`, of equals the first first.
+    """
+    number = alike.shape[-1]
+    order = jnp.argsort(-alike.max(-1), -1, stable=True) if order is None else order
+    rank = jnp.argsort(order, -1)
+    later = rank[..., None, :] > rank[..., :, None]
+    best = jnp.where(later, alike, -jnp.inf).max(-1)  # -inf: there is nothing to be merged into
+    source = jnp.argsort(importance - best, -1, stable=True)[..., :r]
+    gone = (jnp.arange(number) == source[..., None]).any(-2)  # [..., N]
+    rows = jnp.take_along_axis(alike, source[..., None], -2)  # [..., r, N]
+    target = jnp.where(gone[..., None, :], -jnp.inf, rows).argmax(-1)
+    index = jnp.argsort(gone, -1, stable=True)[..., : number - r]
+    row = jnp.cumsum(~gone, -1) - 1
+    into = jnp.put_along_axis(row, source, jnp.take_along_axis(row, target, -1), -1, inplace=False)
+    return Pairing(*(x.astype(jnp.int32) for x in (index, into, source, target)))
+
+
+def merge_pairs(x: Array, size: Array, found: Pairing, importance: Array) -> tuple[Array, Array]:
+    """Tokens and sizes after the merge: a source brings its share of twice the softmax of the two
+    importances, and what it is merged into keeps the other. Several sources of one token each take
+    from it, so that its shares need not add up.
+
+    Args:
+      x: [..., N, D].
+      size: float32 [..., N], how many tokens each stands for.
+      found: r pairs.
+      importance: float32 [..., N].
+
+    Returns:
+      [..., N - r, D] in the dtype of `x`, and float32 [..., N - r], whose sum is that of `size`.
+    """
+    share = 2 * jax.nn.softmax(importances_of(found, importance), -1)  # [..., r, 2]
+    whole = x.astype(jnp.float32) * size[..., None]
+
+    moved = share[..., :1] * gather(whole, found.source)
+    moved += (share[..., 1:] - 1) * gather(whole, found.target)
+    exact = {"precision": jax.lax.Precision.HIGHEST}
+    joins = jax.nn.one_hot(found.target, x.shape[-2], axis=-2)  # [..., N, r]
+    merged = gather(whole + jnp.einsum("...nr,...rd->...nd", joins, moved, **exact), found.index)
+    came = jnp.take_along_axis(size, found.source, -1)
+    total = jnp.take_along_axis(
+        size + jnp.einsum("...nr,...r->...n", joins, came, **exact), found.index, -1
+    )
+    return (merged / total[..., None]).astype(x.dtype), total
+
+
+def importances_of(found: Pairing, importance: Array) -> Array:
+    """Of every pair, the source first: [..., r, 2]."""
+    pairs = (found.source, found.target)
+    return jnp.stack([jnp.take_along_axis(importance, at, -1) for at in pairs], -1)

@@ -68,9 +68,13 @@ def seen_by(
     prefix: int,
     mask: Array | None = None,
     tiles: Array | None = None,
+    number: int | None = None,
 ) -> Seen:
-    """What a reducer sees of the tokens of tiles [B, M, N, D]; see `Seen` for the rest."""
-    per_tile = reducer.num_kept(tokens.shape[-2])
+    """What a reducer sees of the tokens of tiles [B, M, N, D]; see `Seen` for the rest.
+
+    `number` is how many there were of a tile, where the tower has merged some.
+    """
+    per_tile = reducer.num_kept(tokens.shape[-2] if number is None else number)
     facts = {"grid": grid, "layer": layer, "prefix": prefix, "per_tile": per_tile}
     return Seen(tokens, features, mask, tiles, **facts)
 

@@ -5,14 +5,15 @@ see every other and takes the output at the last place, which may be padding.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from zoo.models.core.keytable import Row, Table, norm_rows
 from zoo.models.core.tree import check_shape
-from zoo.models.core.types import Array, Features, Stream, Tokens, take
+from zoo.models.core.types import Array, Aux, Features, Stream, Tokens, take
+from zoo.models.parts.decoders.composition import compose
 from zoo.models.parts.layers.attention import causal, valid_only
 from zoo.models.parts.layers.block import Block
 from zoo.models.parts.layers.embed import Embed
@@ -43,6 +44,8 @@ class TextConfig:
         all where there is none); "highest", the first one with the highest id, which is the end of
         a text in CLIP's own vocabulary; "last", the one in the last place, padding or not.
       end_id: the end-of-text token.
+      policies: applied to the plan of the layers in this order, the first innermost; they find the
+        token whose output is pooled by its tag `pooled`.
       dtype: in which activations are computed.
     """
 
@@ -57,6 +60,7 @@ class TextConfig:
     causal: bool = True
     pool: Pool = "end"
     end_id: int = 49_407
+    policies: tuple[Any, ...] = ()
     dtype: str = "float32"
 
     def build(self) -> "TextTower":
@@ -93,7 +97,7 @@ class TextTower(nn.Module):
             rule=causal if c.causal else valid_only,
             parent=None,
         )
-        self.stack = Stack(layers(block, c.depth))
+        self.stack = Stack(compose(layers(block, c.depth), c.policies, slots=0))
         self.final_norm = LayerNorm(c.norm_eps)
 
     def __call__(
@@ -118,17 +122,24 @@ class TextTower(nn.Module):
             raise ValueError(f"taps {bad}: the tower has layers 0 to {c.depth}")
         valid = jnp.ones(ids.shape, bool) if mask is None else mask.astype(bool)
         check_shape("mask", valid, "[B, T]", *ids.shape)
-        stream = Stream(self.embed(ids), Tokens.sequence(valid))
+        at = self.place(ids)[:, None]  # [B, 1]
+        tokens = Tokens.sequence(valid, pooled=jnp.arange(ids.shape[1]) == at)
+        stream = Stream(self.embed(ids), tokens)
         found, done = {}, 0
+        aux: tuple[Aux, ...] = ()
         for tap in sorted({*taps, c.depth}):
             if tap > done:
-                stream, _, _ = self.stack(stream, start=done, stop=tap)
-                done = tap
+                stream, _, more = self.stack(stream, start=done, stop=tap)
+                aux, done = (*aux, *more), tap
             if tap in taps:
                 found[tap] = stream.hidden
         hidden = self.final_norm(stream.hidden)  # [B, T, D]
-        pooled = take(hidden, self.place(ids)[:, None])[:, 0]  # [B, D]
-        return Features(hidden, (ids.shape[1],), mask=mask, cls=pooled, taps=found)
+        if c.policies:  # which may have moved it
+            at = jnp.argmax(stream.tokens.tags["pooled"], -1, keepdims=True)
+            mask = stream.tokens.valid
+        pooled = take(hidden, at)[:, 0]  # [B, D]
+        aux = aux if c.policies else ()
+        return Features(hidden, (hidden.shape[1],), mask=mask, cls=pooled, taps=found, aux=aux)
 
     def embed(self, ids: Array) -> Array:
         """[B, T] int -> the input of the first layer [B, T, D]."""

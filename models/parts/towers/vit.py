@@ -7,13 +7,14 @@ arXiv:2111.06377, norms of whole queries and keys arXiv:2312.14238.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from zoo.models.core.keytable import (
+    AnyRow,
     Row,
     Table,
     Transform,
@@ -22,8 +23,10 @@ from zoo.models.core.keytable import (
     linear,
     norm_rows,
     split,
+    weight_rows,
 )
-from zoo.models.core.types import Array, Features, Memory, Stream, Tokens, take
+from zoo.models.core.types import Array, Aux, Features, Memory, Stream, Tokens, take
+from zoo.models.parts.decoders.composition import compose
 from zoo.models.parts.layers.activations import ACTIVATIONS
 from zoo.models.parts.layers.attention import everything
 from zoo.models.parts.layers.block import Block
@@ -74,6 +77,8 @@ class ViTConfig:
       drop_path: in training, the share of examples for which a half of the last layer is left out;
         it rises evenly from 0 in the first.
       channels: of the images.
+      policies: applied to the plan in this order, as those of a decoder are; the first is
+        innermost.
       dtype: in which activations are computed.
       remat: what layers keep for the gradient, as in `Stack`.
     """
@@ -102,6 +107,7 @@ class ViTConfig:
     trim: bool = False
     drop_path: float = 0.0
     channels: int = 3
+    policies: tuple[Any, ...] = ()
     dtype: str = "float32"
     remat: Remat = "none"
 
@@ -136,7 +142,7 @@ class ViTConfig:
         return ViTBlock
 
     def plan(self) -> tuple[Step, ...]:
-        """The layers, all alike."""
+        """The layers, all alike, in their policies."""
         block = self.block_type()(
             width=self.width,
             num_heads=self.num_heads,
@@ -155,7 +161,8 @@ class ViTConfig:
             parent=None,
         )
         depths = stochastic_depth(self.depth, self.drop_path)
-        return tuple(Step(block, policies) for policies in depths)
+        plan = tuple(Step(block, policies) for policies in depths)
+        return compose(plan, self.policies, slots=self.grid[0] * self.grid[1])
 
     def build(self) -> "ViT":
         """The module."""
@@ -233,6 +240,7 @@ class ViT(nn.Module):
     input of the first) with the tokens before the patches first, `features.qk[k]` are queries and
     keys of layer k. `features.tokens` are the patch tokens after the final norm; `features.cls` is
     what the pooling head makes of all tokens, or else the class token after the final norm.
+    Policies may change how many tokens there are, but not those before the patches.
     """
 
     config: ViTConfig
@@ -317,11 +325,13 @@ class ViT(nn.Module):
             """[B, ...] with the leading axes of the images again."""
             return x.reshape(*lead, *x.shape[1:])
 
+        prefix = hidden.shape[1] - (grid[0] * grid[1] if keep is None else keep.shape[-1])
         found, pairs, done = {}, {}, 0
+        aux: tuple[Aux, ...] = ()
         for mark in sorted({*taps, *(layer - 1 for layer in qk), last}):
             if mark > done:
-                stream, _, _ = self.stack(stream, memory=memory, start=done, stop=mark)
-                done = mark
+                stream, _, more = self.stack(stream, memory=memory, start=done, stop=mark)
+                aux, done = (*aux, *more), mark
             if mark in taps:
                 found[mark] = free(stream.hidden)
             if mark + 1 in qk:
@@ -333,8 +343,8 @@ class ViT(nn.Module):
         cls = free(y[:, 0]) if c.class_token else None
         if c.attention_pool and stop_after is None:
             cls = free(self.pool(y))
-        prefix = y.shape[1] - (grid[0] * grid[1] if keep is None else keep.shape[-1])
-        return Features(free(y[:, prefix:]), grid, cls=cls, taps=found, qk=pairs)
+        aux = jax.tree.map(free, aux) if c.policies else ()
+        return Features(free(y[:, prefix:]), grid, cls=cls, taps=found, qk=pairs, aux=aux)
 
     def _check(self, pixels: Array, taps: tuple[int, ...], qk: tuple[int, ...], last: int) -> None:
         c = self.config
@@ -444,6 +454,29 @@ def layer_rows(
             if config.qkv_bias or parts[0] not in ("q", "k", "v"):
                 biases = tuple(f"{path}/bias" for path in paths)
                 rows.append(Row(biases, f"{key}.bias", vector, steps))
+    return rows
+
+
+def fused_layer_rows(stack: str, prefix: str, depth: int) -> list[AnyRow]:
+    """Rows of layers in the layout of OpenAI's CLIP and OpenCLIP, whose attention is torch's
+    `MultiheadAttention`.
+
+    Args:
+      stack: where the layers' parameters are.
+      prefix: of the keys of a layer, with `{}` for its number.
+      depth: number of layers.
+    """
+    steps = tuple(range(depth))
+    rows: list[AnyRow] = [
+        *norm_rows(f"{stack}/attn_norm", f"{prefix}ln_1", steps=steps),
+        *norm_rows(f"{stack}/mlp_norm", f"{prefix}ln_2", steps=steps),
+        *weight_rows(f"{stack}/out", f"{prefix}attn.out_proj", linear(2), steps=steps),
+        *weight_rows(f"{stack}/up", f"{prefix}mlp.c_fc", steps=steps),
+        *weight_rows(f"{stack}/down", f"{prefix}mlp.c_proj", steps=steps),
+    ]
+    for leaf, key, each in (("kernel", "weight", linear()), ("bias", "bias", flat)):
+        paths = tuple(f"{stack}/{name}/{leaf}" for name in "qkv")
+        rows.append(Row(paths, f"{prefix}attn.in_proj_{key}", split(3, each), steps))
     return rows
 
 

@@ -1,6 +1,5 @@
 """Methods that act between two layers of the decoder: FastV and DART."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,10 +14,10 @@ from zoo.models.parts.decoders.dropping import (
     asking,
     attention_of,
     drop,
+    dropping,
     guiding,
 )
 from zoo.models.parts.decoders.gqa import Plan
-from zoo.models.parts.decoders.policies import wrap
 from zoo.models.parts.layers.block import QKV
 from zoo.models.parts.reduce.base import Keep, Kept, check_keep, schedule
 from zoo.models.parts.reduce.choose import top
@@ -190,11 +189,3 @@ def check_layers(*layers: int) -> None:
 def _before(layer: int, plan: Plan) -> int:
     """The layer before `layer`, or before the middle one of a plan less than twice as deep."""
     return max(1, min(layer, len(plan) // 2)) - 1
-
-
-def dropping(plan: Plan, policies: Mapping[int, DropAfter]) -> Plan:
-    """The plan whose layers drop tokens after they have run, by `policies`; those that come next
-    report what is left.
-    """
-    nexts = {layer + 1 for layer in policies} - {len(plan), *policies}
-    return wrap(plan, {**policies, **dict.fromkeys(nexts, DropAfter())})

@@ -15,6 +15,7 @@ from zoo.models.parts.decoders.dropping import (
     NumberOf,
     attention_logits,
     drop,
+    dropping,
     guiding,
     with_total,
 )
@@ -24,7 +25,7 @@ from zoo.models.parts.layers.plan import LayerPolicy, Run
 from zoo.models.parts.reduce.base import Keep, Kept, check_keep, schedule
 from zoo.models.parts.reduce.cluster import density_peaks
 from zoo.models.parts.reduce.merge import mean_by_group
-from zoo.models.reduction.llmc_plus.decoder import NEVER, check_layers, dropping
+from zoo.models.reduction.llmc_plus.decoder import NEVER, check_layers
 
 RATER = "rater"
 """The tag of the words whose attention counts."""

@@ -1,0 +1,49 @@
+"""`jax.jit` with what XLA should know of the machine at hand."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+@functools.cache
+def compiler_options() -> dict[str, str]:
+    """Options of XLA for programs that run many times: `jax.jit(f, compiler_options=...)`.
+
+    On a CPU, matrix products go to XLA's older kernels: its newer ones (YNN) are slower in the
+    forward pass of a model (`benchmarks/speed.py`). A version of XLA that does not know the choice
+    makes its own. Elsewhere there is nothing to say.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    older = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    try:
+        jax.jit(lambda: 0, compiler_options=older).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return older
+
+
+def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """`jax.jit` with `compiler_options`, also as a decorator of a module's functions; what it
+    returns has `eval_shape` too.
+
+    The devices are looked at in the first call, and not when the module is imported.
+    """
+    if function is None:
+        return functools.partial(jit, **options)
+
+    @functools.cache
+    def program() -> Any:
+        return jax.jit(function, compiler_options=compiler_options(), **options)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return program()(*args, **kwargs)
+
+    def eval_shape(*args: Any, **kwargs: Any) -> Any:
+        return program().eval_shape(*args, **kwargs)
+
+    call.eval_shape = eval_shape  # type: ignore[attr-defined]
+    return call
