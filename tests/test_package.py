@@ -1,6 +1,7 @@
 """The package: what is in it, how it installs, what it imports, and who may import whom."""
 
 import ast
+import functools
 import os
 import re
 import subprocess
@@ -129,6 +130,7 @@ def words(path: Path) -> Iterator[str]:
                 yield value
 
 
+@functools.cache
 def names_a_system(word: str) -> str | None:
     """The slug that a string or identifier is, or holds as words of snake_case or CamelCase."""
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", word).lower()

@@ -390,9 +390,7 @@ _TINY = llava.VARIANTS["llava_tiny"]
 VARIANTS = {
     # After layers 4, 14 and 24 of 32, for 144 of 576 tokens on the mean.
     "atp_llava_7b": replace(llava.VARIANTS["llava_1_5_7b"], policies=(ATP(),)),
-    "atp_llava_tiny": replace(
-        _TINY, decoder=replace(_TINY.decoder, depth=4), policies=(ATP(layers=(1, 3), dim=4),)
-    ),
+    "atp_llava_tiny": replace(_TINY, decoder=replace(_TINY.decoder, depth=4), policies=(ATP(),)),
 }
 
 register(CARD, VARIANTS, reducers={"atp_llava": ATP})

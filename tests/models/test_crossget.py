@@ -11,6 +11,7 @@ import pytest
 
 import zoo
 from tests.models.draw import draw
+from zoo.convert.transfer import plan_transfer
 from zoo.models.core import registry
 from zoo.models.core.types import Tokens
 from zoo.models.parts.layers.attention import BySize, causal, everything
@@ -278,6 +279,17 @@ def test_parameters():
     tower, decoder = (params(TINY)[part]["stack"]["layers"] for part in ("tower", "decoder"))
     assert tower["cross"]["token"].shape == (3, 16)
     assert decoder["cross"]["token"].shape == (2, 24)
+
+
+def test_a_loaded_model_takes_it():
+    """`with_` adds the learned vectors, and takes them off again."""
+    plain = registry.config("llava_tiny")
+    merging = registry.override(plain, {"reducer": "crossget", "keep": 8}, "llava_tiny")
+    added = {f"{part}/stack/layers/cross/token" for part in ("tower", "decoder")}
+    there, back = plan_transfer(plain, merging, "x"), plan_transfer(merging, plain, "x")
+    assert there.new == back.unused == added
+    assert not there.unused
+    assert not back.new
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,15 @@ def dense(tmp_path_factory):
 
 
 @pytest.mark.slow  # to compile, not to run
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "p_mod_tiny",
+        "gamma_mod_tiny",
+        pytest.param("mqt_tiny", marks=pytest.mark.thorough),
+        pytest.param("deepstack_tiny", marks=pytest.mark.thorough),
+    ],
+)
 def test_the_tiny_recipes_train(name, dense, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(dense / "run" / "1_dense", out / "1_dense")

@@ -74,8 +74,9 @@ class Transfer:
 def plan_transfer(old: ModelConfig, new: ModelConfig, source: str | Path) -> Transfer:
     """Find out which parameters of a model `old` a model `new` can take.
 
-    New parameters may come from other `policies`, and from parts (fields of the configuration)
-    whose class is another one, and no subclass; such a part takes over nothing.
+    New parameters may come from other `policies`, from those of another `reducer`, and from parts
+    (fields of the configuration) whose class is another one, and no subclass; such a part takes
+    over nothing.
 
     Args:
       old: the configuration of the parameters that there are.
@@ -93,8 +94,13 @@ def plan_transfer(old: ModelConfig, new: ModelConfig, source: str | Path) -> Tra
         if not _akin(getattr(new, field.name), getattr(old, field.name, None))
     )
     plain = want
-    if getattr(new, "policies", ()) != getattr(old, "policies", ()):
-        plain = _shapes(abstract_variables(dataclasses.replace(new, policies=old.policies)))
+    adding = {
+        name: getattr(old, name)
+        for name in ("policies", "reducer")
+        if hasattr(new, name) and hasattr(old, name) and getattr(new, name) != getattr(old, name)
+    }
+    if adding and have != want:
+        plain = _shapes(abstract_variables(dataclasses.replace(new, **adding)))
     _check(have, plain, replaced, source)
     _check({path: plain.get(path, want[path]) for path in want}, want, replaced, source)
     outside = {path for path in have.keys() & want.keys() if not path.startswith(replaced)}

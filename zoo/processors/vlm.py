@@ -4,16 +4,18 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from zoo.images import Source, listed, read_image
 from zoo.models.core.errors import UsageError, ZooError
-from zoo.models.parts.reduce.base import Reducer
 from zoo.processors import chat, guide
 from zoo.processors.image import ImageProcessor
 from zoo.processors.text import Tokenizer
+
+if TYPE_CHECKING:
+    from zoo.models.parts.reduce.base import Reducer
 
 Example = dict[str, np.ndarray]
 
@@ -108,7 +110,7 @@ class Processor:
         images: Source | Sequence[Source | None] | None,
         prompts: str | Sequence[str],
         *,
-        reducer: Reducer | None = None,
+        reducer: "Reducer | None" = None,
     ) -> Example:
         """A batch of first questions, ready for generation.
 
