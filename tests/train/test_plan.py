@@ -198,9 +198,17 @@ libtpu = pytest.mark.skipif(
 )
 
 
+@pytest.fixture
+def no_flags(monkeypatch):
+    """libtpu reads XLA_FLAGS when it is loaded, and ends the process at a flag of the CPU's."""
+    jax.devices()
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+
 @libtpu
 @pytest.mark.tpu
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_flags")
 def test_a_slice_of_a_pod():
     found = plan(tiny(mesh=MeshConfig(data=2, fsdp=2, tensor=2)), "v5e:2x4")
     assert found.fits
@@ -212,6 +220,7 @@ def test_a_slice_of_a_pod():
 
 @libtpu
 @pytest.mark.tpu
+@pytest.mark.usefixtures("no_flags")
 @pytest.mark.parametrize("kind", CHIPS)
 def test_every_kind_of_chip_is_one_device(kind):
     axes = CHIPS[kind].axes
@@ -220,6 +229,7 @@ def test_every_kind_of_chip_is_one_device(kind):
 
 @libtpu
 @pytest.mark.tpu
+@pytest.mark.usefixtures("no_flags")
 def test_a_shape_that_does_not_exist():
     with pytest.raises(UsageError, match="v5e:3x7"):
         topology("v5e:3x7")
