@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zoo.models.core.compiled import compiler_options
 from zoo.models.core.names import shard
 from zoo.models.core.types import Batch
 from zoo.train.config import Faults
@@ -115,13 +114,7 @@ def make_train_step(
         return new_state, {**metrics, "grad_norm": grad_norm, "lr": lr, **health}
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(
-        step,
-        static_argnums=2,
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-        compiler_options=compiler_options(),
-    )
+    return jax.jit(step, static_argnums=2, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def make_eval_step(model: nn.Module, objective: Objective) -> EvalStep:
@@ -136,7 +129,7 @@ def make_eval_step(model: nn.Module, objective: Objective) -> EvalStep:
         )
         return {**terms, **others}
 
-    return jax.jit(evaluate, compiler_options=compiler_options())
+    return jax.jit(evaluate)
 
 
 def averaged(average: Any, params: Any, decay: float, step: jax.Array) -> Any:

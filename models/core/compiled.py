@@ -29,7 +29,8 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """`jax.jit` with `compiler_options`, also as a decorator of a module's functions; what it
     returns has `eval_shape` too.
 
-    The devices are looked at in the first call, and not when the module is imported.
+    The devices are looked at in the first call, and not when the module is imported. Such a program
+    cannot be part of another one, which JAX refuses.
     """
     if function is None:
         return functools.partial(jit, **options)
