@@ -109,7 +109,7 @@ def test_the_page(measured):
     share = of(rows, "fastv", 4)["prefill_flops"] / of(rows, "full", None)["prefill_flops"]
     [line] = [line for line in page.splitlines() if line.startswith("| fastv |")]
     assert f"{100 * share:.1f} | 100.0 | 100.0 |" in line
-    assert page.count("- no_method: UsageError") == 1 and "| no_method |" not in page
+    assert page.count("- no_method: UsageError") == 1
     unmeasured = [{**row, "ttft_s": None} for row in rows]
     assert len(tokens_figure(unmeasured, title="tiny").get_axes()) == 1
 
