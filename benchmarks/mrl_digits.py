@@ -6,8 +6,6 @@ funnel over them; and what a cascade of the heads gains, its thresholds learned 
 the held-out scans that it is not judged on.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import zoo
+from benchmarks.timing import report_run
 from zoo.evaluate.retrieval import Stage, funnel, judge, search_flops
 from zoo.loaded import Loaded
 from zoo.train.data.classes import DigitsClassify
@@ -66,26 +64,5 @@ def measure(loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    """Print the figures, and write them if told where."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    loaded = zoo.load(str(args.run))
-    experiment = json.loads((args.run / "config.json").read_text("utf-8"))
-    facts = {
-        "model": "mrl_digits",
-        "seed": experiment["seed"],
-        "steps": experiment["steps"],
-        **measure(loaded),
-    }
-    text = json.dumps(facts, indent=2) + "\n"
-    print(text, end="")
-    if args.out is not None:
-        args.out.write_text(text, "utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report_run("mrl_digits", measure, __doc__))

@@ -1,5 +1,6 @@
 """What the benchmarks share: contestants that take turns, and what they ran on."""
 
+import argparse
 import json
 import os
 import platform
@@ -11,6 +12,8 @@ from types import ModuleType
 from typing import Any
 
 import jax
+
+import zoo
 
 Runs = dict[str, Callable[[], float]]
 """Every contestant, as a function that runs once and returns the seconds that it took."""
@@ -67,6 +70,24 @@ def report(found: dict[str, Any], out: Path | None) -> None:
     print(text)
     if out:
         out.write_text(text, encoding="utf-8")
+
+
+def report_run(model: str, measure: Callable[[Any], dict[str, Any]], about: str) -> int:
+    """The command of a script that measures a trained run: `RUN [--out FILE]`.
+
+    Args:
+      model: the name of the configuration that was trained.
+      measure: from the loaded run to its figures.
+      about: the script's docstring.
+    """
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    trained = json.loads((args.run / "config.json").read_text("utf-8"))
+    facts = {"model": model, "seed": trained["seed"], "steps": trained["steps"]}
+    report({**facts, **measure(zoo.load(str(args.run)))}, args.out)
+    return 0
 
 
 def _cpu_name() -> str:

@@ -6,8 +6,6 @@ the accuracy of a sub-network, as it is cut out, on one half of the held-out sca
 those on the other half.
 """
 
-import argparse
-import json
 import random
 import sys
 from dataclasses import asdict
@@ -18,7 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import zoo
+from benchmarks.timing import report_run
 from zoo.loaded import Loaded
 from zoo.models.core import registry
 from zoo.models.vision.vit_resnas.nets import largest
@@ -62,26 +60,5 @@ def measure(loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    """Print the figures, and write them if told where."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    loaded = zoo.load(str(args.run))
-    experiment = json.loads((args.run / "config.json").read_text("utf-8"))
-    facts = {
-        "model": "vit_resnas_supernet_digits",
-        "seed": experiment["seed"],
-        "steps": experiment["steps"],
-        **measure(loaded),
-    }
-    text = json.dumps(facts, indent=2) + "\n"
-    print(text, end="")
-    if args.out is not None:
-        args.out.write_text(text, "utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report_run("vit_resnas_supernet_digits", measure, __doc__))

@@ -306,23 +306,7 @@ class MergeEncoder(nn.Module):
         self.position = self.param("position", table, (c.max_length, c.width))
         self.token_type = self.param("token_type", table, (bert.num_types, c.width))
         self.input_norm = LayerNorm(c.norm_eps)
-        block = MergeBlock(
-            width=c.width,
-            num_heads=c.num_heads,
-            mlp_dim=c.mlp_dim,
-            norm="layer",
-            norm_eps=c.norm_eps,
-            norm_place="post",
-            activation=bert.activation,
-            gated=False,
-            qkv_bias=True,
-            out_bias=True,
-            mlp_bias=True,
-            rope=None,
-            rule=everything,
-            r=c.r,
-            parent=None,
-        )
+        block = bert.block(MergeBlock, rule=everything, r=c.r)
         self.stack = Stack(layers(block, c.depth), scan=False)  # shapes differ
 
     def __call__(self, x: Array) -> tuple[Array, ...]:

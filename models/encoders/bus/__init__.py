@@ -119,24 +119,8 @@ class PatchAbstraction(nn.Module):
     config: BusConfig
 
     def setup(self) -> None:
-        c, bert = self.config, self.config.text
-        block = CrossBlock(
-            width=bert.width,
-            num_heads=bert.num_heads,
-            mlp_dim=bert.mlp_dim,
-            norm="layer",
-            norm_eps=bert.norm_eps,
-            norm_place="post",
-            activation=bert.activation,
-            gated=False,
-            qkv_bias=True,
-            out_bias=True,
-            mlp_bias=True,
-            rope=None,
-            rule=everything,
-            context_width=c.tower.width,
-            parent=None,
-        )
+        c = self.config
+        block = c.text.block(CrossBlock, rule=everything, context_width=c.tower.width)
         self.stack = Stack(layers(block, c.summary_depth))
 
     def __call__(self, seen: Selected) -> Array:

@@ -8,7 +8,7 @@ kin) give the layers of the second half cross-attention and run the halves one b
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -27,6 +27,8 @@ from zoo.models.parts.layers.linear import Proj, dense, table_init
 from zoo.models.parts.layers.norms import LayerNorm
 from zoo.models.parts.layers.plan import Step
 from zoo.models.parts.layers.stack import Stack
+
+B = TypeVar("B", bound=Block)
 
 
 @dataclass(frozen=True)
@@ -103,25 +105,30 @@ class BertConfig(ModelConfig):
             batch["context"] = jax.ShapeDtypeStruct(context, jnp.float32)
         return batch
 
+    def block(self, kind: type[B], **own: Any) -> B:
+        """A layer in BERT's form, with fields of its own: norms after, biases, no rotations."""
+        return kind(
+            width=self.width,
+            num_heads=self.num_heads,
+            mlp_dim=self.mlp_dim,
+            norm="layer",
+            norm_eps=self.norm_eps,
+            norm_place="post",
+            activation=self.activation,
+            gated=False,
+            qkv_bias=True,
+            out_bias=True,
+            mlp_bias=True,
+            rope=None,
+            parent=None,
+            **own,
+        )
+
     def plan(self) -> tuple[Step, ...]:
         """The layers."""
-        common: dict[str, Any] = {
-            "width": self.width,
-            "num_heads": self.num_heads,
-            "mlp_dim": self.mlp_dim,
-            "norm": "layer",
-            "norm_eps": self.norm_eps,
-            "norm_place": "post",
-            "activation": self.activation,
-            "gated": False,
-            "qkv_bias": True,
-            "out_bias": True,
-            "mlp_bias": True,
-            "rope": None,
-            "rule": causal if self.causal else valid_only,
-            "parent": None,
-        }
-        plain, cross = Block(**common), CrossBlock(**common, context_width=self.context_width)
+        rule = causal if self.causal else valid_only
+        plain = self.block(Block, rule=rule)
+        cross = self.block(CrossBlock, rule=rule, context_width=self.context_width)
         crossed = set(self.cross_layers)
         return tuple(Step(cross if i in crossed else plain) for i in range(self.depth))
 
