@@ -33,8 +33,8 @@ def check(reducer: Any, tower: Any) -> None:
         does = "merges tokens on a grid" if reducer.merges else "reads layers of the tower"
         raise ValueError(
             f"{name} {does}, and pictures of this model have grids of their own and a tower that "
-            "hands out its output alone: want a method that compares tokens, such as mmtok or "
-            "divprune, or one within the decoder"
+            "hands out its output alone: want a method that compares tokens alone, or one "
+            "within the decoder"
         )
 
 
