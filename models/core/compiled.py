@@ -11,18 +11,22 @@ import jax
 def compiler_options() -> dict[str, str]:
     """Options of XLA for programs that run many times: `jax.jit(f, compiler_options=...)`.
 
-    On a CPU, matrix products go to XLA's older kernels: its newer ones (YNN) are slower in the
-    forward pass of a model (`benchmarks/speed.py`). A version of XLA that does not know the choice
-    makes its own. Elsewhere there is nothing to say.
+    On a CPU, matrix products go to XLA's older kernels and only sums and maxima to its newer ones
+    (YNN), and vectors are as wide as the processor has them: in the forward pass of a model faster
+    than XLA's own choice (`benchmarks/speed.py`). A version of XLA that does not know these options
+    makes that choice. Elsewhere there is nothing to say.
     """
     if jax.default_backend() != "cpu":
         return {}
-    older = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    wanted = {
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+        "xla_cpu_prefer_vector_width": "512",
+    }
     try:
-        jax.jit(lambda: 0, compiler_options=older).lower().compile()
+        jax.jit(lambda: 0, compiler_options=wanted).lower().compile()
     except jax.errors.JaxRuntimeError:
         return {}
-    return older
+    return wanted
 
 
 def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:

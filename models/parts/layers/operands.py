@@ -7,6 +7,7 @@ leaf alike.
 """
 
 import functools
+import itertools
 import string
 from typing import Any
 
@@ -77,7 +78,40 @@ def contract(eq: str, x: Array, w: Any) -> Array:
         inner = jnp.einsum(down, x, w.a.astype(x.dtype))
         inner = (inner * w.scale).astype(x.dtype)  # [..., R]
         return contract(eq, x, w.base) + jnp.einsum(up, inner, w.b.astype(x.dtype))
-    return jnp.einsum(eq, x, w.astype(x.dtype))
+    return _product(_spelled(eq, x.ndim), x, w.astype(x.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(eq: str, x: Array, w: Array) -> Array:
+    """`einsum(eq, x, w)`, whose gradient to the kernel is laid out as the kernel is.
+
+    JAX's own rule computes the transpose of that gradient and turns it round, which made a step of
+    training on a CPU a third longer. Derivatives in forward mode are to be taken of a gradient
+    (`jvp` of `grad`): of the product alone JAX refuses them.
+    """
+    return jnp.einsum(eq, x, w)
+
+
+def _product_forward(eq: str, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return jnp.einsum(eq, x, w), (x, w)
+
+
+def _product_backward(eq: str, kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = kept
+    inputs, out = eq.split("->")
+    of_x, of_w = inputs.split(",")
+    return jnp.einsum(f"{out},{of_w}->{of_x}", g, w), jnp.einsum(f"{of_x},{out}->{of_w}", x, g)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+@functools.lru_cache(maxsize=256)
+def _spelled(eq: str, ndim: int) -> str:
+    """`eq` with a letter for each axis of an x of `ndim` that its ellipsis stands for."""
+    free = (letter for letter in string.ascii_uppercase if letter not in eq)
+    named = len(eq.split(",")[0].replace("...", ""))
+    return eq.replace("...", "".join(itertools.islice(free, ndim - named)))
 
 
 @functools.lru_cache(maxsize=256)

@@ -258,13 +258,18 @@ class _Rows:
                 self._pieces[path] = {a: piece for (a, _), piece in zip(ends, pieces, strict=True)}
 
     def per_repeat(self, segment: Segment) -> dict[Path, Any]:
-        """Cut rows of a scanned segment, [repeats, rows of a unit, …]; nothing if not cut."""
+        """Cut rows of a scanned segment: for each row of a unit a leaf [repeats, …]; nothing if not
+        cut.
+
+        The scan hands a step the rows that it computes with, as they are: what is computed from
+        them within the scan, were it a reshape, would be stacked and kept for the gradient, which
+        makes a second copy of the weights.
+        """
         start, period, repeats = segment
         found = {}
         for path, pieces in (self._pieces or {}).items():
             if width := self._count(path, start, start + period):
-                cut = functools.partial(_units, repeats, width)
-                found[path] = jax.tree.map(cut, pieces[start])
+                found[path] = _by_rank(pieces[start], repeats, width)
         return found
 
     def of(
@@ -290,8 +295,7 @@ class _Rows:
                 at = before + j * self._count(path, start, start + period) + rank
                 row = jax.tree.map(functools.partial(_row, at=at), leaf)
             if self._pieces is not None and isinstance(row, jax.Array):
-                # For the gradient: each device sums the part of it that it keeps, and no other.
-                row = shard(row, *self._names[path])
+                row = _shard_gradient(row, self._names[path])
             found[path[1:]] = row
         return unflatten_dict(found)
 
@@ -332,16 +336,38 @@ def _at(leaf: Any, row: int) -> Any:
     return leaf[row] if isinstance(leaf, tuple) else jax.tree.map(lambda x: x[row], leaf)
 
 
-def _units(repeats: int, width: int, rows: Array) -> Array:
-    """Rows [repeats width, …] as [repeats, width, …]."""
-    return rows.reshape(repeats, width, *rows.shape[1:])
+def _by_rank(rows: Any, repeats: int, width: int) -> tuple[Any, ...]:
+    """Rows [repeats width, …] of a leaf as `width` leaves [repeats, …], those of each rank."""
+    if width == 1:
+        return (rows,)
+    units = jax.tree.map(lambda x: x.reshape(repeats, width, *x.shape[1:]), rows)
+    return tuple(
+        jax.tree.map(lambda x: x.squeeze(1), piece) for piece in _split(units, [1] * width, 1)
+    )
 
 
-def _split(leaf: Any, sizes: Sequence[int]) -> list[Any]:
+def _split(leaf: Any, sizes: Sequence[int], axis: int = 0) -> list[Any]:
     """The rows of a stacked leaf, or of all leaves of an operand, in pieces."""
     leaves, shape = jax.tree.flatten(leaf)
-    pieces = [jax.lax.split(each, sizes) for each in leaves]
+    pieces = [jax.lax.split(each, sizes, axis) for each in leaves]
     return [shape.unflatten(piece) for piece in zip(*pieces, strict=True)]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _shard_gradient(row: Array, names: tuple[str | None, ...]) -> Array:
+    """The row itself, whose gradient each device sums in the part that it keeps, and in no other.
+
+    A constraint on the row would do the same, and make it another array, kept for the gradient.
+    """
+    del names
+    return row
+
+
+@_shard_gradient.defjvp
+def _shard_tangent(
+    names: tuple[str | None, ...], rows: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    return rows[0], shard(tangents[0], *names)
 
 
 def _row(leaf: Array, at: Array | int) -> Array:
