@@ -56,17 +56,18 @@ class ProcessorConfig:
         if self.source is not None:
             return _chats(self.source, model)
         inputs = model.inputs(1)
-        size = inputs["pixels"].shape[-2]
+        pixels = inputs["pixels"].shape
+        size = pixels[-2]
         image = ImageProcessor(size, self.mean, self.std, self.resize, self.fit)
         if "ids" not in inputs:
-            return Pictures(image)
+            return Pictures(image, pixels[-1], pixels[1] if len(pixels) == 5 else None)
         if self.tokenizer is not None:
             tokenizer = Tokenizer.load(self.tokenizer)
         elif known is not None:
             tokenizer = known
         else:
             tokenizer = Tokenizer.train(data.texts(), self.vocab_size)
-        images, length = inputs["pixels"].shape[1], inputs["ids"].shape[1]
+        images, length = pixels[1], inputs["ids"].shape[1]
         views = getattr(model, "crops", None)
         crops = (0, False) if views is None else (views.number, views.square)
         return Processor(image, tokenizer, length, images, *crops)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Protocol, overload, runtime_checkable
 
 import flax.linen as nn
-import jax
 import numpy as np
 
 from zoo.convert.place import apart, flat_paths, nested, shardings_of, together
@@ -19,6 +18,7 @@ from zoo.images import Source
 from zoo.models.core.compiled import jit
 from zoo.models.core.config import ModelConfig
 from zoo.models.core.errors import UsageError
+from zoo.models.core.names import mesh_of, on_mesh_of
 from zoo.models.core.registry import override
 from zoo.models.core.types import Array, Batch
 from zoo.models.parts.assemblies.dual import DualConfig
@@ -207,9 +207,7 @@ class Loaded:
         flat = {path: leaf for path, leaf in had.items() if path not in plan.unused}
         about = {key: value for key, value in self.about.items() if key not in ("new", "unused")}
         if plan.new:
-            meshes = (getattr(leaf.sharding, "mesh", None) for leaf in jax.tree.leaves(self.params))
-            mesh = next((mesh for mesh in meshes if mesh is not None), None)
-            flat |= plan.fresh(seed, shardings_of(plan.boxed, mesh), None)
+            flat |= plan.fresh(seed, shardings_of(plan.boxed, mesh_of(self.params)), None)
         if plan.new or plan.unused:
             about |= {"new": sorted(plan.new), "unused": sorted(plan.unused)}
         params, stats = apart(nested(flat))
@@ -254,7 +252,7 @@ class Loaded:
         """
         reader, masked = reading(self.model, budget)
         inputs = {name: array for name, array in batch.items() if name != "labels"}
-        with _refusing(budget):
+        with _refusing(budget), on_mesh_of(self.params):
             return _logits(reader, self.variables, inputs, masked)
 
     def encode(self, images: Any, prompts: Any, system: str | None = None) -> Batch:

@@ -163,6 +163,23 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec_for(names, x.shape, mesh))
 
 
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that the arrays of a tree lie on, the first that one names; None without any."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
+    found = (each.mesh for each in shardings if isinstance(each, NamedSharding))
+    return next((mesh for mesh in found if isinstance(mesh, Mesh)), None)
+
+
+@contextlib.contextmanager
+def on_mesh_of(tree: Any) -> Iterator[None]:
+    """Let the mesh of a model's parameters be in force, so that its activations and caches are
+    divided as they are; nothing happens where one is in force already, or there is none.
+    """
+    mesh = mesh_of(tree) if jax.sharding.get_abstract_mesh().empty else None
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        yield
+
+
 def _axes(rule: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (rule,) if isinstance(rule, str) else tuple(rule or ())
 

@@ -5,14 +5,19 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 import zoo
 from tests.models.draw import draw
+from zoo.convert.place import abstract_params, shardings_of
+from zoo.generate.autoregressive import Answers
 from zoo.generate.sampling import Sampling
 from zoo.loaded import Loaded
 from zoo.models.connectors.mqt import MQT
 from zoo.models.core.errors import UsageError
+from zoo.models.core.tree import nested
 from zoo.processors import ImageProcessor, Processor, Tokenizer
+from zoo.train.mesh import MeshConfig, make_mesh
 
 PROMPT = "which digit?"
 SHORT = {"max_new_tokens": 4}
@@ -63,6 +68,22 @@ def test_logits_are_those_of_the_model(loaded, pictures):
         hidden = apply({"params": loaded.params}, batch, budget=budget).hidden
         expected = apply({"params": loaded.params}, hidden, method="head")
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_on_a_mesh_the_answers_are_the_same(loaded, pictures):
+    """The cache lies there as parameters do: rows along fsdp, heads along tensor."""
+    config = loaded.config
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    places = nested(shardings_of(abstract_params(config), mesh))
+    spread = dataclasses.replace(loaded, params=jax.device_put(loaded.params, places))
+    prompts = [PROMPT, "no?"]
+    assert spread.generate(pictures, prompts, **SHORT) == loaded.generate(
+        pictures, prompts, **SHORT
+    )
+    batch = loaded.processor.encode_prompt(pictures, prompts)
+    answers = Answers(spread.reader()[0], spread.variables, batch, max_new_tokens=4, eos_id=())
+    keys = next(leaf for leaf in jax.tree.leaves(answers._state.cache) if leaf.ndim == 4)
+    assert keys.sharding.spec == PartitionSpec("fsdp", "tensor")
 
 
 def test_what_a_model_cannot_do_is_said(loaded, pictures):

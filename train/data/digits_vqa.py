@@ -28,6 +28,8 @@ from zoo.models.core.errors import UsageError
 
 SCANS = Path(__file__).parent / "digits.npz"
 SPLITS = ("train", "validation")
+INK = 0.5
+"""The share of full ink from which on a place shows the digit and not the paper."""
 KINDS = ("reading", "position", "counting", "comparing", "summing")
 
 # Few words: what a question costs in training is its tokens.
@@ -107,6 +109,22 @@ class Question(NamedTuple):
     answer: str
 
 
+class Drawn(NamedTuple):
+    """A scene that was drawn.
+
+    Attributes:
+      picture: uint8 [Z, canvas, canvas], of one slice where no volume was asked for.
+      classes: int32, likewise: 0 is paper, 1 to 10 the ink of the digits 0 to 9.
+      digits: [n], those that it shows.
+      centres: theirs, [n, (x, y)].
+    """
+
+    picture: np.ndarray
+    classes: np.ndarray
+    digits: np.ndarray
+    centres: np.ndarray
+
+
 @functools.cache
 def scans(split: str) -> Scans:
     """The scans that pictures of `split` are made of; no scan is in both splits."""
@@ -131,18 +149,50 @@ def compose(
     Raises:
       UsageError if the scans do not fit beside each other.
     """
+    drawn = draw(scene, source, rng)
+    asked = _ask(drawn.digits.tolist(), drawn.centres, rng)
+    return drawn.picture[0], asked[: scene.questions]
+
+
+def draw(scene: Scene, source: Scans, rng: np.random.Generator, slices: int = 1) -> Drawn:
+    """Draw one picture or one volume.
+
+    Args:
+      scene: how pictures look; a volume is a stack of them.
+      source: the scans to draw from.
+      rng: as of `compose`.
+      slices: Z. Each scan goes through a random run of them, half of them at least.
+
+    Raises:
+      UsageError if the scans do not fit beside each other.
+    """
     sizes, corners = _place(scene, rng)
     chosen = rng.integers(len(source.labels), size=len(sizes))
     inks = rng.uniform(*scene.ink, size=len(sizes)).astype(np.float32)
-    picture = np.full((scene.canvas,) * 2, rng.uniform(*scene.background), np.float32)
-    for scan, size, (x, y), ink in zip(source.ink[chosen], sizes, corners, inks, strict=True):
+    canvas = (slices, scene.canvas, scene.canvas)
+    picture = np.full(canvas, rng.uniform(*scene.background), np.float32)
+    classes = np.zeros(canvas, np.int32)
+    digits = source.labels[chosen]
+    each = zip(source.ink[chosen], digits, sizes, corners, inks, strict=True)
+    for scan, digit, size, (x, y), ink in each:
         grow = _enlargement(int(size))
         cover = np.clip(grow @ scan @ grow.T, 0, 1)
-        patch = picture[y : y + size, x : x + size]
+        where = (_run(slices, rng), slice(y, y + size), slice(x, x + size))
+        patch = picture[where]
         patch += cover * (ink - patch)
+        classes[where][:, cover >= INK] = digit + 1
     picture += rng.uniform(0, scene.noise) * rng.standard_normal(picture.shape, np.float32)
-    asked = _ask(source.labels[chosen].tolist(), corners + sizes[:, None] / 2, rng)
-    return np.clip(np.round(picture), 0, 255).astype(np.uint8), asked[: scene.questions]
+    shown = np.clip(np.round(picture), 0, 255).astype(np.uint8)
+    return Drawn(shown, classes, digits, corners + sizes[:, None] / 2)
+
+
+def _run(slices: int, rng: np.random.Generator) -> slice:
+    """Which slices a scan goes through; nothing is drawn where there is one."""
+    if slices == 1:
+        return slice(0, 1)
+    length = int(rng.integers(-(-slices // 2), slices + 1))
+    first = int(rng.integers(slices - length + 1))
+    return slice(first, first + length)
 
 
 def every_text() -> Iterator[str]:

@@ -12,6 +12,7 @@ import numpy as np
 from zoo.generate.sampling import Knobs, Sampling, choose
 from zoo.models.core.compiled import jit
 from zoo.models.core.errors import UsageError
+from zoo.models.core.names import on_mesh_of
 from zoo.models.core.types import Array, Batch, Tokens
 from zoo.processors.lengths import text_length
 
@@ -101,6 +102,8 @@ def generate(
 ) -> np.ndarray:
     """The next token, again and again, until every row has ended.
 
+    Parameters that lie on a mesh are used as they lie, and prompts and caches are divided along it.
+
     Two programs, prefill and decoding, are compiled for each model (models of equal configuration
     share them), shape of the batch and static budget, where lengths are rounded up: nearby ones
     share their programs. `sampling` and `eos_id` are data.
@@ -166,10 +169,11 @@ class Answers:
         prompts = padded({name: array for name, array in batch.items() if name != "labels"})
         self._knobs = (sampling or Sampling()).knobs(len(prompts["ids"]))
         self._reader, self._params = reader, params
-        check_context(reader, params, prompts, budget, max_new_tokens)
         # The last token is never read back, so the cache needs no room for it.
         room = text_length(max_new_tokens) - 1
-        self._state = _start(reader, params, prompts, budget, self._knobs, self._eos, room)
+        with on_mesh_of(params):
+            check_context(reader, params, prompts, budget, max_new_tokens)
+            self._state = _start(reader, params, prompts, budget, self._knobs, self._eos, room)
 
     @property
     def done(self) -> bool:
@@ -185,9 +189,10 @@ class Answers:
         """Write up to so many more tokens of every answer that has not ended."""
         until = min(int(self._state.done) + tokens, self.most)
         if until > int(self._state.done) and not self.done:
-            self._state = _continue(
-                self._reader, self._params, self._state, self._knobs, self._eos, np.int32(until)
-            )
+            with on_mesh_of(self._params):
+                self._state = _continue(
+                    self._reader, self._params, self._state, self._knobs, self._eos, np.int32(until)
+                )
 
     def end(self, rows: np.ndarray) -> None:
         """End the answers for which `rows` (bool [B]) is True."""
