@@ -20,6 +20,9 @@ TrainStep = Callable[[TrainState, Batch, Variant], tuple[TrainState, Metrics]]
 _SETTLED = 10
 """Steps after which it is known what the loss is like."""
 
+_MOVED = ("params", "opt_state", "average", "stats", "aux", "typical")
+"""What of the state a step at fault leaves as it is."""
+
 _REMEMBERED = 0.98
 """The decay of the mean loss, by which a jump is told: it looks back about fifty steps."""
 
@@ -75,10 +78,9 @@ def make_train_step(
             loss, means, carried, grads = _accumulated_gradient(
                 terms_of, state.params, carried, parts
             )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         grad_norm = optax.tree.norm(grads)
 
-        good = jnp.isfinite(jnp.stack([loss, grad_norm, optax.tree.norm(updates)])).all()
+        good = jnp.isfinite(jnp.stack([loss, grad_norm])).all()
         counted = state.step - state.skipped
         if faults.spike is not None:
             good &= (counted < _SETTLED) | (loss <= faults.spike * state.typical)
@@ -90,24 +92,21 @@ def make_train_step(
         fault = jnp.where((state.fault < 0) & failed, state.step, state.fault)
         good &= fault < 0
 
-        def unless_failed(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        def moved() -> dict[str, Any]:
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params, average = optax.apply_updates(state.params, updates), state.average
+            if decay is not None:
+                average = averaged(average, params, decay, counted)
+            typical = _typical(state.typical, loss, counted)
+            new = {"params": params, "opt_state": opt_state, "average": average, **carried}
+            return {**new, "typical": typical}
 
-        params = unless_failed(optax.apply_updates(state.params, updates), state.params)
-        average = state.average
-        if decay is not None:
-            average = unless_failed(averaged(average, params, decay, counted), average)
-        new_state = state.replace(
-            step=state.step + 1,
-            params=params,
-            opt_state=unless_failed(opt_state, state.opt_state),
-            average=average,
-            fault=fault,
-            skipped=skipped,
-            typical=unless_failed(_typical(state.typical, loss, counted), state.typical),
-            stats=unless_failed(carried["stats"], state.stats),
-            aux=unless_failed(carried["aux"], state.aux),
-        )
+        def kept() -> dict[str, Any]:
+            return {name: getattr(state, name) for name in _MOVED}
+
+        # A branch, and not a choice between numbers: it is computed in place, in one pass.
+        changes = jax.lax.cond(good, moved, kept)
+        new_state = state.replace(step=state.step + 1, fault=fault, skipped=skipped, **changes)
         metrics = {name: mean.value for name, mean in means.items()}
         lr = jnp.asarray(learning_rate(counted), jnp.float32)
         health = {"fault": fault, "skipped": skipped}

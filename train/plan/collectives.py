@@ -28,7 +28,10 @@ KINDS = (
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _BODY = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*)$")
 _OPCODE = re.compile(r"^\s*([\w\-]+)\(")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|branch_computations)=\{?((?:%?[\w.\-]+(?:, )?)+)")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|branch_computations|true_computation|false_computation)"
+    r"=\{?((?:%?[\w.\-]+(?:, )?)+)"
+)
 _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
