@@ -11,7 +11,7 @@ from zoo.models.core.errors import UsageError, ZooError
 from zoo.processors import ImageProcessor
 from zoo.processors.pictures import Pictures
 from zoo.train.data.dense import DigitsRestore, DigitsSegment
-from zoo.train.data.digits_vqa import SPLITS, Scene, compose, draw, scans
+from zoo.train.data.digits_vqa import INK, SPLITS, Scene, compose, draw, scans
 from zoo.train.data.pipeline import Pipeline
 
 CLEAN = Scene(min_scans=1, min_size=22, max_size=30, background=(0, 0), ink=(200, 200), noise=0.0)
@@ -34,9 +34,10 @@ def test_classes_are_those_of_the_ink():
     were drawn.
     """
     drawn = draw(CLEAN, scans("train"), np.random.default_rng(3))
-    clear = drawn.picture != 100  # half of the ink, rounded
+    edge = round(200 * INK)
+    clear = drawn.picture != edge
     assert clear.mean() > 0.99
-    np.testing.assert_array_equal(drawn.classes[clear] > 0, drawn.picture[clear] > 100)
+    np.testing.assert_array_equal(drawn.classes[clear] > 0, drawn.picture[clear] > edge)
     assert set(np.unique(drawn.classes)) == {0, *(1 + int(digit) for digit in drawn.digits)}
     for digit, (x, y) in zip(drawn.digits, drawn.centres.astype(int), strict=True):
         around = drawn.classes[0, y - 11 : y + 11, x - 11 : x + 11]

@@ -28,7 +28,7 @@ from zoo.models.core.errors import UsageError
 
 SCANS = Path(__file__).parent / "digits.npz"
 SPLITS = ("train", "validation")
-INK = 0.5
+INK = 0.4
 """The share of full ink from which on a place shows the digit and not the paper."""
 KINDS = ("reading", "position", "counting", "comparing", "summing")
 

@@ -1,0 +1,110 @@
+"""How fast image classifiers are against timm, in one run: `python benchmarks/vision_speed.py`.
+
+The forward pass of eight pictures in float32 on the CPU, with the same weights: a plain ViT,
+windows (Swin), a network in the manner of ConvNeXt (InceptionNeXt), a hybrid of convolution and
+attention (ViTamin), and two branches (CrossViT). Ours and timm's eager modules take turns on the
+same machine, with as many threads as there are cores; a ratio above 1 says that ours is faster.
+Beside it stands how long XLA takes to compile the program. Needs what the tests need: `./run test
+--version` installs it.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.timing import compare, machine, report, timed
+from tests.live.reference import state_of, timm, torch
+from tests.live.test_vision import SIZES, drawn, variables_of
+from zoo.models.core.compiled import compiler_options
+from zoo.models.core.names import tree_names
+from zoo.models.core.registry import base, config
+from zoo.models.parts.layers.stack import unstack
+
+MODELS = {
+    "vit_base_patch16_224": ("vit_b16_augreg", base("timm_vit").table),
+    **{
+        name: SIZES[name]
+        for name in (
+            "swin_tiny_patch4_window7_224",
+            "inception_next_tiny",
+            "vitamin_base_224",
+            "crossvit_small_240",
+        )
+    },
+}
+
+
+def contest(original: str, side: int | None, batch: int, rounds: int) -> dict[str, Any]:
+    """Seconds of a batch and of compilation, ratios, and how far the outputs are apart.
+
+    Args:
+      original: timm's name of a model.
+      side: of the pictures; what the model is made for by default.
+      batch: pictures.
+      rounds: how often each takes its turn.
+    """
+    name, table = MODELS[original]
+    settings = config(name)
+    height = settings.inputs(1)["pixels"].shape[1] if side is None else side
+    theirs = drawn(timm.create_model(original, pretrained=False)).eval()
+    shapes = variables_of(settings)
+    loaded = table(settings).load(state_of(theirs), shapes)
+    variables = loaded if "stats" in shapes else {"params": loaded}
+    model = settings.build()
+    boxed = jax.eval_shape(model.init, jax.random.key(0), settings.inputs(1))["params"]
+    params = unstack(jax.tree.map(jnp.asarray, variables["params"]), tree_names(boxed))
+    variables = {**variables, "params": params}
+    pixels = np.random.default_rng(0).normal(size=(batch, height, height, 3)).astype(np.float32)
+    image = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+    forward = jax.jit(
+        lambda variables, x: model.apply(variables, {"pixels": x}).logits,
+        compiler_options=compiler_options(),
+    )
+    lowered = forward.lower(variables, pixels)
+    start = time.perf_counter()
+    program = lowered.compile()
+    seconds = time.perf_counter() - start
+    with torch.inference_mode():
+        want = theirs(image).numpy()
+        error = np.abs(np.asarray(program(variables, pixels)) - want).max() / np.abs(want).max()
+        runs = {
+            "zoo": timed(lambda: program(variables, pixels)),
+            "timm": timed(lambda: theirs(image)),
+        }
+        found = compare(runs, rounds)
+    return {
+        "zoo_name": name,
+        "side": height,
+        "largest_relative_error": float(error),
+        "compile_seconds": round(seconds, 2),
+        **found,
+    }
+
+
+def main() -> None:
+    """Run everything and write what came out, with machine and versions."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", default=list(MODELS), help="names of timm")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--side", type=int, help="of the pictures; by default the model's own")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    found: dict[str, Any] = {**machine(jax, torch, timm), "dtype": "float32", "batch": args.batch}
+    for name in args.names:
+        found[name] = contest(name, args.side, args.batch, args.rounds)
+    report(found, args.out)
+
+
+if __name__ == "__main__":
+    main()
