@@ -143,7 +143,14 @@ def test_parameters(name):
     assert sum(leaf.size for leaf in jax.tree.leaves(made["params"])) == COUNTS[name]
 
 
-@pytest.mark.parametrize("name", GMACS)
+FIRST = {name.split("_")[0]: name for name in reversed(GMACS)}
+"""One of each system; the other sizes are `thorough`."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in FIRST.values() else pytest.mark.thorough) for n in GMACS],
+)
 def test_flops(name):
     """Within 1 % of what is published."""
     found = cost(name).flops["encode"].total / 2e9

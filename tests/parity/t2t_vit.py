@@ -29,13 +29,14 @@ def run(case: Case) -> dict[str, np.ndarray]:
     params = table(config).load(case.params, shapes)
     patch = params["tower"]["patch"]
 
-    squares = unfold(pixels, *SQUARES[0]).reshape(len(pixels), -1, 49 * tower.channels)
+    squares = jax.jit(lambda x: unfold(x, *SQUARES[0]))(pixels)
+    squares = squares.reshape(len(pixels), -1, 49 * tower.channels)
     layer = TokenAttention(squares.shape[-1], tower.token_dim, tower.token_module)
     final = jax.jit(model.apply)({"params": params}, batch)
     out = {
         "soft_split0": squares,
-        "attention1": layer.apply({"params": patch["layers_0"]}, squares),
-        "tokens": TokensToToken(tower).apply({"params": patch}, pixels),
+        "attention1": jax.jit(layer.apply)({"params": patch["layers_0"]}, squares),
+        "tokens": jax.jit(TokensToToken(tower).apply)({"params": patch}, pixels),
         "cls_feature": final.pooled,
         "logits": final.logits,
     }

@@ -1,6 +1,5 @@
 """ARank of a model against a plain computation, and the command `zoo arank`."""
 
-import functools
 import json
 import operator
 
@@ -56,16 +55,16 @@ def test_ranks_are_those_of_a_plain_computation():
     ranks = attention_ranks(model, params, batch)
     assert ranks.shape == (depth,)
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def entering(params, layer):
+    @jax.jit
+    def entering(params):
         def run(model):
             stream, memory = model.stream(batch, None)
-            return model.decoder.stack(stream, Reserve(0), memory, stop=layer)[0]
+            stack = model.decoder.stack
+            return [stack(stream, Reserve(0), memory, stop=layer)[0] for layer in range(depth)]
 
         return model.apply({"params": params}, method=run)
 
-    for number in range(depth):
-        stream = entering(params, number)
+    for number, stream in enumerate(entering(params)):
         valid = np.asarray(stream.tokens.valid)
         own = jax.tree.map(operator.itemgetter(number), layers)
         want = [direct(np.asarray(stream.hidden[row])[valid[row]], own) for row in range(2)]

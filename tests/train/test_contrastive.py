@@ -133,7 +133,9 @@ def trained(mesh, steps=12, lr=3e-3, **options):
     return out, state
 
 
-@pytest.mark.parametrize("options", [{"groups": 4}, {"sigmoid": True}])
+@pytest.mark.parametrize(
+    "options", [{"groups": 4}, pytest.param({"sigmoid": True}, marks=pytest.mark.thorough)]
+)
 def test_eight_devices_do_what_one_does_and_learn(options):
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     one = make_mesh(MeshConfig(), jax.devices()[:1])

@@ -2,14 +2,18 @@
 
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
 import zoo
+from zoo.costing import program_flops
 from zoo.train.cli import find
 from zoo.train.data.dense import DigitsSegment
 from zoo.train.loop import train
+from zoo.train.mesh import MeshConfig, make_mesh
 from zoo.train.optim import OptimConfig
+from zoo.train.plan.plan import traced_step
 
 METRICS = {
     "espcn_digits": "psnr",
@@ -21,6 +25,15 @@ METRICS = {
     "s2_digits": "accuracy",
 }
 """What each is judged by."""
+
+
+@pytest.mark.parametrize("name", ["espcn_digits", "vwformer_digits", "mrl_digits"])
+def test_a_plan_knows_what_is_learned_besides_the_pictures(name):
+    """A picture, a class for each place, one for each picture."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    state, traced = traced_step(find(name), mesh)
+    assert program_flops(traced.jaxpr) > 0
+    assert jax.tree.structure(traced.out_info[0]) == jax.tree.structure(state)
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,9 @@ def test_records_become_pairs_of_answers(data, tmp_path):
         data.source("train", tmp_path)[3]
 
 
-@pytest.mark.parametrize("lora", [None, LoRA(rank=2, alpha=8)])
+@pytest.mark.parametrize(
+    "lora", [None, pytest.param(LoRA(rank=2, alpha=8), marks=pytest.mark.thorough)]
+)
 def test_training_makes_the_preferred_answer_likelier(data, tmp_path, lora):
     experiment = tiny(
         model=CONFIG,

@@ -41,6 +41,11 @@ class Mean:
 Means = Mapping[str, Mean]
 
 
+def classes_of(shape: tuple[int, ...]) -> Batch:
+    """The shape of `classes`, one for each place of `shape`."""
+    return {"classes": jax.ShapeDtypeStruct(shape, jax.numpy.int32)}
+
+
 @dataclass(frozen=True)
 class Objective:
     """Base of all objectives.
@@ -58,6 +63,15 @@ class Objective:
     def variant(self, seed: int, step: int) -> Variant:
         """The static choice for training step `step`, the same on every host."""
         return None
+
+    def targets(self, model: nn.Module, inputs: Batch) -> Batch:
+        """Shapes of what its batches hold besides what the model takes, such as classes.
+
+        Args:
+          model: the module.
+          inputs: shapes of what it takes.
+        """
+        return {}
 
     def init(self, model: nn.Module, variables: Variables, inputs: Batch) -> dict[str, Any]:
         """What this objective carries from step to step (`aux`): queues, teachers, averages.

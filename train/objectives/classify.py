@@ -21,6 +21,7 @@ from zoo.train.objectives.base import (
     Variables,
     Variant,
     applied,
+    classes_of,
 )
 
 Distillation = Literal["soft", "hard"]
@@ -70,6 +71,10 @@ class Classify(Objective):
             raise UsageError(f"objective.distillation is {self.distillation!r}: want {known}")
         if self.temperature <= 0:
             raise UsageError(f"objective.temperature is {self.temperature}: want more than 0")
+
+    def targets(self, model: nn.Module, inputs: Batch) -> Batch:
+        """One class for each picture."""
+        return classes_of(inputs["pixels"].shape[:1])
 
     def init(self, model: nn.Module, variables: Variables, inputs: Batch) -> dict[str, Any]:
         """A place for the teacher's variables, if there is one."""

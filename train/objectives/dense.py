@@ -19,6 +19,7 @@ from zoo.train.objectives.base import (
     Variables,
     Variant,
     applied,
+    classes_of,
 )
 
 
@@ -56,6 +57,10 @@ class Segment(Objective):
     def whole_batch(self) -> bool:  # type: ignore[override]
         """Whether the loss is no sum over examples."""
         return self.dice > 0 and self.batch_dice
+
+    def targets(self, model: nn.Module, inputs: Batch) -> Batch:
+        """One class for each place."""
+        return classes_of(inputs["pixels"].shape[:-1])
 
     def loss(
         self,

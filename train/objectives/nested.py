@@ -18,6 +18,7 @@ from zoo.train.objectives.base import (
     Variables,
     Variant,
     applied,
+    classes_of,
 )
 from zoo.train.objectives.classify import cross_entropy, hits, smoothed
 
@@ -42,6 +43,10 @@ class NestedCrossEntropy(Objective):
             raise UsageError(f"objective.weights is {self.weights}: want 0 or more each")
         if not 0 <= self.smoothing <= 1:
             raise UsageError(f"objective.smoothing is {self.smoothing}: want a share from 0 to 1")
+
+    def targets(self, model: nn.Module, inputs: Batch) -> Batch:
+        """One class for each picture."""
+        return classes_of(inputs["pixels"].shape[:1])
 
     def loss(
         self,

@@ -18,6 +18,7 @@ from zoo.train.objectives.base import (
     Variables,
     Variant,
     applied,
+    classes_of,
 )
 from zoo.train.objectives.classify import cross_entropy, hits, smoothed
 
@@ -49,6 +50,10 @@ class PatchMix(Objective):
                 f"objective.mixup is {self.mixup}, objective.weight {self.weight}: want more than "
                 "0, and 0 or more"
             )
+
+    def targets(self, model: nn.Module, inputs: Batch) -> Batch:
+        """One class for each picture."""
+        return classes_of(inputs["pixels"].shape[:1])
 
     def loss(
         self,

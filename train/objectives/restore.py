@@ -29,6 +29,11 @@ class Restore(Objective):
     error before the shuffle, against the rearranged target. Follows: arXiv:1609.05158, equation 5.
     """
 
+    def targets(self, model: nn.Module, inputs: Batch) -> Batch:
+        """The picture that the model is to make, of the size that it makes."""
+        made, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), inputs)
+        return {"target": jax.ShapeDtypeStruct(made.image.shape, jnp.float32)}
+
     def loss(
         self,
         model: nn.Module,

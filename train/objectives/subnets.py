@@ -46,6 +46,10 @@ class SubNetworks(Objective):
         """That of the other objective."""
         return self.objective.variant(seed, step)
 
+    def targets(self, model: nn.Module, inputs: Batch) -> Batch:
+        """Those of the other objective."""
+        return self.objective.targets(model, inputs)
+
     def init(self, model: nn.Module, variables: Variables, inputs: Batch) -> dict[str, Any]:
         """What the other objective carries, and the number of steps so far."""
         return {**self.objective.init(model, variables, inputs), "subnets_step": jnp.int32(0)}

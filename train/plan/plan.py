@@ -132,9 +132,11 @@ def _traced_step(experiment: Experiment, mesh: Mesh, variant: Variant) -> tuple[
     state = setup.state(mesh)
     step = setup.train_step(state)
     sharding = batch_sharding(mesh)
+    inputs = experiment.model.inputs(experiment.batch_size)
+    targets = experiment.objective.targets(setup.model, inputs)
     batch = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        for name, leaf in experiment.model.inputs(experiment.batch_size).items()
+        for name, leaf in {**inputs, **targets}.items()
     }
     # Not `set_mesh`, with which JAX would also compute on these devices.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
