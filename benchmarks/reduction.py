@@ -98,6 +98,8 @@ def ranking(config: LlavaConfig, plain: LlavaConfig) -> LlavaConfig | None:
     tokens, depth, policies = plain.slots, plain.decoder.depth, []
     stages = [tuple(tokens - i for i in range(1, 4)), tuple(tokens - i for i in range(depth))]
     for policy in config.policies:
+        if not getattr(policy, "ranks", True):
+            continue
         if hasattr(policy, "step"):  # a schedule of its own
             policies.append(dataclasses.replace(policy, step=1 / tokens))
             continue

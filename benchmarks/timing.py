@@ -73,7 +73,8 @@ def report(found: dict[str, Any], out: Path | None) -> None:
 
 
 def report_run(model: str, measure: Callable[[Any], dict[str, Any]], about: str) -> int:
-    """The command of a script that measures a trained run: `RUN [--out FILE]`.
+    """The command of a script that measures a trained run: `RUN [--out FILE]`. Beside the figures
+    stands the curve that the run has logged.
 
     Args:
       model: the name of the configuration that was trained.
@@ -86,8 +87,18 @@ def report_run(model: str, measure: Callable[[Any], dict[str, Any]], about: str)
     args = parser.parse_args()
     trained = json.loads((args.run / "config.json").read_text("utf-8"))
     facts = {"model": model, "seed": trained["seed"], "steps": trained["steps"]}
-    report({**facts, **measure(zoo.load(str(args.run)))}, args.out)
+    report({**facts, **measure(zoo.load(str(args.run))), "curve": curve(args.run)}, args.out)
     return 0
+
+
+def curve(run: Path) -> dict[str, dict[str, float]]:
+    """{what: {step: value}} of the loss in training and of the accuracy in evaluation."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    named = {"loss": "loss", "validation_accuracy": "eval/accuracy"}
+    return {
+        name: {str(row["step"]): round(row[key], 4) for row in rows if key in row}
+        for name, key in named.items()
+    }
 
 
 def _cpu_name() -> str:

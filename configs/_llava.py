@@ -51,7 +51,7 @@ def two_stages(
     tower = Start(TOWER, below="vision", into="tower")
     align = Experiment(
         name="align",
-        model=_prepared(aligned or model, tokens),
+        model=prepared(aligned or model, tokens),
         data=LlavaJson(
             json="data/blip_laion_cc_sbu_558k.json", images="data/pretrain", validation=0.0
         ),
@@ -71,7 +71,7 @@ def two_stages(
     instruct = replace(
         align,
         name="instruct",
-        model=_prepared(model, tokens),
+        model=prepared(model, tokens),
         data=LlavaJson(json="data/llava_v1_5_mix665k.json", images="data", validation=0.0),
         steps=steps,
         batch_size=128,
@@ -84,7 +84,7 @@ def two_stages(
     return Recipe(name, (align, instruct))
 
 
-def _prepared(model: LlavaConfig, tokens: int) -> LlavaConfig:
+def prepared(model: LlavaConfig, tokens: int) -> LlavaConfig:
     """The model with the vocabulary of Vicuna, for sequences of so many tokens."""
     model = replace(model, decoder=replace(model.decoder, vocab_size=32_000))
     model = with_dtype(with_field(model, "remat", "full"), "bfloat16")

@@ -3,9 +3,13 @@
 import csv
 import json
 
+import jax
 import numpy as np
 import pytest
 
+from zoo.costing import cost
+from zoo.kept import kept_tokens
+from zoo.models.core import registry
 from zoo.models.core.errors import UsageError
 from zoo.train.bench import main, prompts, tokens
 from zoo.train.bench.pages import table
@@ -57,6 +61,28 @@ def test_keeping_all_is_the_full_model(measured):
         assert row["prefill_flops"] == of(rows, "full", None)["prefill_flops"]
 
 
+def test_the_batch_itself_is_counted():
+    """Not what a configuration describes: of a picture in two tiles of five, two."""
+    config, seen = registry.config("llava_next_tiny"), {}
+    for number in (2, 5):
+        spec = dict(config.inputs(1))
+        spec["pixels"] = jax.ShapeDtypeStruct((1, number, *spec["pixels"].shape[2:]), np.float32)
+        spec["layout"] = jax.ShapeDtypeStruct((1, 16 * number), np.int32)
+        seen[number] = cost(config, inputs=spec)
+        assert seen[number].vision_tokens == 16 * number
+    assert seen[5].flops["encode"].total > 2 * seen[2].flops["encode"].total
+
+
+@pytest.mark.thorough
+def test_models_of_native_resolution():
+    model = prompts.opened("qwen2_5_vl_tiny")
+    asked = prompts.made_up(model, batch=2)
+    rows = tokens.bench(model, asked, ["uniform", "fastervlm"], [0.5], runs=1, decode=1)
+    full, half, refused = rows
+    assert half["tokens_per_layer"][0] == full["tokens_per_layer"][0] / 2
+    assert half["prefill_flops"] < full["prefill_flops"] and "class token" in refused["error"]
+
+
 def test_one_that_fails_stops_nothing(measured):
     rows, out = measured
     failed = of(rows, "no_method", 4)
@@ -78,6 +104,16 @@ def test_what_is_there_is_not_measured_again(loaded, asked, measured, monkeypatc
     assert of(again, "random", 4) == of(rows, "random", 4)
     with pytest.raises(UsageError, match="other settings"):
         tokens.bench(loaded, asked, METHODS, [4], out=out, runs=1, decode=2)
+
+
+def test_what_is_kept_can_be_drawn(loaded, asked):
+    """Patches by layer, and the groups of methods that merge; of tiles the numbers of all."""
+    batch = {name: x for name, x in asked[0].batch.items() if name not in ("labels", "segments")}
+    few = kept_tokens(loaded.with_(reducer="fastv", keep=4), batch)
+    assert few.layers.sum(-1).tolist() == [[16, 16], [4, 4]] and few.groups is None
+    merged = kept_tokens(loaded.with_(reducer="aim", keep=4), batch)
+    assert (merged.layers[0].sum(-1) == 4).all()
+    assert [len(set(row) - {-1}) for row in merged.groups[:, 0].tolist()] == [4, 4]
 
 
 def test_answers_are_judged(monkeypatch):

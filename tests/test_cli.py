@@ -109,6 +109,7 @@ def test_help_names_every_command(capsys):
         (ZooError("disk full"), 1, "zoo: disk full\n"),
         (UsageError("no such run"), 2, "zoo: no such run\n"),
         (KeyboardInterrupt(), 130, "zoo: interrupted\n"),
+        (PermissionError(13, "Permission denied", "a.png"), 1, "Permission denied: 'a.png'\n"),
     ],
 )
 @pytest.mark.parametrize("command", list(cli.ELSEWHERE))
@@ -123,7 +124,9 @@ def test_other_commands_are_reached_by_name(capsys, monkeypatch, command, raised
 
     module = types.SimpleNamespace(main=main)
     monkeypatch.setitem(sys.modules, cli.ELSEWHERE[command][0], module)
-    assert run(capsys, command, "--help", "x") == (status, "", message)
+    found, out, err = run(capsys, command, "--help", "x")
+    assert (found, out) == (status, "") and err.endswith(message)
+    assert len(err.splitlines()) == bool(message)
     assert seen == ["--help", "x"]
 
 

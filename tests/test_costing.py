@@ -131,6 +131,9 @@ def test_the_command(capsys):
         ({"model": "mqt_tiny", "image_size": 17}, "multiple of patch_size"),
         ({"model": "mqt_tiny", "text_tokens": 0}, "text_tokens is 0"),
         ({"model": "mqt_tiny", "dtype": "float33"}, "float33"),
+        ({"model": "mqt_tiny", "dtype": "str"}, "want a number's"),
+        ({"model": "mqt_tiny", "batch": 0}, "batch is 0"),
+        ({"model": "mqt_tiny", "num_images": -1}, "num_images is -1"),
     ],
 )
 def test_refusals(options, said):

@@ -138,6 +138,26 @@ def test_folders_without_a_model(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ZooError, match="file is a file"):
         zoo.load(tmp_path / "file")
+    with pytest.raises(ZooError, match="nowhere does not exist: name the folder"):
+        convert(tmp_path / "nowhere", tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.safetensors", None, "config.json is missing: a checkpoint has one"),
+        ("model.safetensors", '{"model_type": "lla', "config.json cannot be read"),
+        ("model.safetensors", "[" * 100_000, "config.json cannot be read"),
+        ("pytorch_model.bin", "{}", "config.json names no model_type"),
+        ("params.safetensors", "{}", "manifest.json is missing, so it was not finished"),
+    ],
+)
+def test_weights_with_a_bad_configuration(tmp_path, file, content, message):
+    (tmp_path / file).touch()
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ZooError, match=message):
+        zoo.load(tmp_path)
 
 
 def test_an_unfinished_training_says_how_far_it_is(tmp_path):

@@ -1,6 +1,7 @@
 """`zoo new`: what it writes is whole, passes lint, and claims nothing."""
 
 import ast
+import json
 import runpy
 import shutil
 import subprocess
@@ -98,6 +99,9 @@ def test_the_command(root, monkeypatch, capsys):
     assert cli.main(["new", "swin"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out == ["models/vision/swin.py", "tests/parity/swin.py", "docs/systems/swin.md"]
+    assert cli.main(["new", "mqt", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["files"][0] == "models/connectors/mqt.py" and err == ""
 
 
 def test_outside_of_a_checkout(tmp_path, monkeypatch, capsys):

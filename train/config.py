@@ -10,7 +10,7 @@ from zoo.models.core.errors import UsageError
 from zoo.processors.image import Filter, Fit, ImageProcessor
 from zoo.processors.pictures import Pictures
 from zoo.processors.text import Tokenizer
-from zoo.processors.vlm import Processor
+from zoo.processors.vlm import Processor, Rows
 from zoo.train.data.sources import DataConfig
 from zoo.train.lora import LoRA
 from zoo.train.mesh import MeshConfig
@@ -70,7 +70,15 @@ class ProcessorConfig:
         images, length = pixels[1], inputs["ids"].shape[1]
         views = getattr(model, "crops", None)
         crops = (0, False) if views is None else (views.number, views.square)
-        return Processor(image, tokenizer, length, images, *crops)
+        if not getattr(model, "newline", False):
+            return Processor(image, tokenizer, length, images, *crops)
+        if views is None or not views.square:
+            raise UsageError(
+                "this model reads a picture in rows of tiles, as the processor of a checkpoint "
+                "makes them: want processor.source, or a policy that sees square crops"
+            )
+        rows = Rows(images, model.tower.grid, inputs["layout"].shape[1])
+        return Processor(image, tokenizer, length, 1, *crops, rows)
 
     def read(self, folder: str | Path, model: ModelConfig) -> "Processor | Pictures | Chats":
         """What `build` has made, from the folder that it was saved to."""

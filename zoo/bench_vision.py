@@ -113,11 +113,11 @@ def measure(
 
 
 def backbones() -> tuple[str, ...]:
-    """The default variants of all systems that take images alone and return classes or features."""
+    """Of each system the first variant that takes images alone and returns classes or features."""
     found = []
     for line in registry.listings(kind="vision-backbone"):
-        if line.status != "planned" and _sees_images(registry.config(line.slug)):
-            found.append(line.variants[0])
+        fit = (name for name in line.variants if _sees_images(registry.config(name)))
+        found += [name for name in (next(fit, None),) if name is not None]
     return tuple(found)
 
 
@@ -143,6 +143,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--plot", metavar="FILE", help="write a scatter plot")
     parser.add_argument("--json", action="store_true", help="print a list of objects")
     args = parser.parse_args(argv)
+    if args.plot and not Path(args.plot).parent.is_dir():
+        raise UsageError(f"--plot {args.plot}: there is no folder {Path(args.plot).parent}")
     found = []
     for name in args.names or backbones():
         found.append(measure(name, batch=args.batch, dtype=args.dtype, seconds=args.seconds))

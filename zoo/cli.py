@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has seen enough (`zoo list | head`); keep the last flush quiet too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        print(f"zoo: {error}", file=sys.stderr)
+        return 1
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -92,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     new = commands.add_parser("new", help="start a planned system: code, parity stub and docs page")
     new.add_argument("slug")
     new.add_argument("--kind", help="the part of a compound kind that decides the folder")
+    new.add_argument("--json", action="store_true", help="print one object")
     new.set_defaults(run=_new)
 
     for name, (_, summary) in ELSEWHERE.items():
@@ -173,8 +177,11 @@ def _new(args: argparse.Namespace) -> int:
     from zoo.scaffold import scaffold
 
     root = checkout()
-    for path in scaffold(root, args.slug, args.kind):
-        print(path.relative_to(root))
+    files = [path.relative_to(root).as_posix() for path in scaffold(root, args.slug, args.kind)]
+    if args.json:
+        _print_json({"slug": args.slug, "files": files})
+        return 0
+    print("\n".join(files))
     print("next: CONTRIBUTING.md, from the first of these files on", file=sys.stderr)
     return 0
 

@@ -88,6 +88,7 @@ def cost(
     batch: int = 1,
     dtype: str = "bfloat16",
     budget: int | None = None,
+    inputs: Batch | None = None,
     **overrides: Any,
 ) -> Cost:
     """Count what a model costs.
@@ -100,6 +101,8 @@ def cost(
       batch: examples at once.
       dtype: of weights, activations and caches.
       budget: vision tokens per picture, where the model can vary them.
+      inputs: arrays or shapes of a batch, in place of those that the configuration names; the sizes
+        above that say what is in it are then left out.
       **overrides: settings of the model, as `zoo.create` takes them.
 
     Raises:
@@ -107,10 +110,15 @@ def cost(
         or a size that it cannot take.
     """
     name = model if isinstance(model, str) else type(model).__name__
+    for what, number, least in (("batch", batch, 1), ("num_images", num_images, 0)):
+        if number is not None and number < least:
+            raise UsageError(f"{what} is {number}: want {least} or more")
     try:
         width = jnp.dtype(dtype)
     except TypeError as error:
         raise UsageError(f"dtype is {dtype!r}: want a name such as bfloat16") from error
+    if not jnp.issubdtype(width, jnp.number):
+        raise UsageError(f"dtype is {dtype!r}: want a number's, such as bfloat16")
     if image_size is not None:
         overrides["image_size"] = image_size
     if num_images:
@@ -120,17 +128,20 @@ def cost(
         if not isinstance(config, ModelConfig):
             raise UsageError(f"{name} is no model: there is nothing to count")
         config = with_dtype(registry.override(config, overrides, name), dtype)
-        inputs = dict(config.inputs(batch))
+        given = dict(config.inputs(batch))
+        if inputs is not None:
+            given = dict(jax.eval_shape(lambda x: x, dict(inputs)))
+            batch = jax.tree.leaves(given)[0].shape[0]
         for unused in ("labels", "segments"):
-            inputs.pop(unused, None)
+            given.pop(unused, None)
         if num_images == 0:
-            inputs = {key: inputs[key] for key in ("ids", "text_mask") if key in inputs}
-        if set(inputs) == {"pixels"}:
+            given = {key: given[key] for key in ("ids", "text_mask") if key in given}
+        if set(given) == {"pixels"}:
             if text_tokens or num_images or budget:
                 raise UsageError(f"{name} sees one image and reads no text: leave these settings")
-            return _count_encoder(name, config.build(), inputs, batch, width)
-        text = _resize_text(inputs, text_tokens)
-        return _count(name, config.build(), inputs, text, batch, width, budget)
+            return _count_encoder(name, config.build(), given, batch, width)
+        text = _resize_text(given, text_tokens)
+        return _count(name, config.build(), given, text, batch, width, budget)
     except ValueError as error:
         raise UsageError(f"{name}: {error}") from error
 
@@ -426,6 +437,10 @@ def _equation(eqn: Any, made: list[bool]) -> tuple[list[bool], Flops, int]:
     if name == "cond":
         found = [_walk(branch.jaxpr, made[1:]) for branch in params["branches"]]
         return max(found, key=lambda each: each[1].total)
+    if name == "shard_map":  # what one device does
+        outs, flops, peak = _walk(params["jaxpr"], made)
+        axes = params["newly_manual_axes"]
+        return outs, flops * math.prod(params["mesh"].shape[axis] for axis in axes), peak
     for value in params.values():
         inner = value.jaxpr if isinstance(value, ClosedJaxpr) else value
         if isinstance(inner, Jaxpr) and len(inner.invars) == len(made):

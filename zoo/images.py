@@ -135,6 +135,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
             f"is an array {array.shape} of {array.dtype}: want [H, W], [H, W, 1], [H, W, 3] or "
             "[H, W, 4] of uint8, uint16 or bool"
         )
+    if array.dtype == np.bool_:
+        return Image.fromarray(array * np.uint8(255))
     return Image.fromarray(_eight_bits(array) if array.dtype == np.uint16 else array)
 
 

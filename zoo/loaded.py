@@ -3,8 +3,9 @@
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, overload, runtime_checkable
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import flax.linen as nn
 import numpy as np
@@ -23,7 +24,7 @@ from zoo.models.core.registry import override
 from zoo.models.core.types import Array, Batch
 from zoo.models.parts.assemblies.dual import DualConfig
 from zoo.models.parts.assemblies.language import LanguageModel
-from zoo.processors.guide import question_of
+from zoo.processors.guide import by_first_question, question_of
 from zoo.processors.vlm import Processor
 from zoo.zeroshot import class_head
 
@@ -98,7 +99,8 @@ class Loaded:
         prompts: Prompt,
         *,
         system: str | None = ...,
-        budget: int | None = ...,
+        raw: bool = ...,
+        budget: int | Array | None = ...,
         max_new_tokens: int = ...,
         sampling: Sampling | None = ...,
         stop: Sequence[str] = ...,
@@ -111,7 +113,8 @@ class Loaded:
         prompts: list[Prompt],
         *,
         system: str | None = ...,
-        budget: int | None = ...,
+        raw: bool = ...,
+        budget: int | Array | None = ...,
         max_new_tokens: int = ...,
         sampling: Sampling | None = ...,
         stop: Sequence[str] = ...,
@@ -123,7 +126,8 @@ class Loaded:
         prompts: Prompt | Sequence[Prompt],
         *,
         system: str | None = None,
-        budget: int | None = None,
+        raw: bool = False,
+        budget: int | Array | None = None,
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
@@ -136,7 +140,10 @@ class Loaded:
           prompts: the question or the conversation, or a list of them.
           system: what the model is told before the conversation, where its template has a place for
             it.
-          budget: how many vision tokens a picture may take; by default all that the model has.
+          raw: the prompts are texts as the model reads them, control tokens and a placeholder for
+            each picture included; no chat template is applied.
+          budget: how many vision tokens a picture may take; by default all that the model has. A
+            number has a program of its own; as an array (`jnp.int32(4)`) it shares one with others.
           max_new_tokens: where an answer is cut off at the latest.
           sampling: how tokens are chosen; by default the most likely ones.
           stop: strings that end an answer, which is cut off where the first of them begins.
@@ -149,7 +156,7 @@ class Loaded:
           UsageError: pictures and places for them differ in number, or the model cannot take this
             budget.
         """
-        batch = self.encode(images, prompts, system)
+        batch = self.encode(images, prompts, system, raw)
         answers = self.answers(
             batch, budget=budget, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
         )
@@ -162,7 +169,8 @@ class Loaded:
         prompt: Prompt,
         *,
         system: str | None = None,
-        budget: int | None = None,
+        raw: bool = False,
+        budget: int | Array | None = None,
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
@@ -180,7 +188,7 @@ class Loaded:
         Raises:
           As `generate`.
         """
-        batch = self.encode(images, prompt, system)
+        batch = self.encode(images, prompt, system, raw)
         answers = self._begin(batch, budget, max_new_tokens, sampling)
         return _pieces(self._spoken(answers, stop, every))
 
@@ -255,19 +263,38 @@ class Loaded:
         with _refusing(budget), on_mesh_of(self.params):
             return _logits(reader, self.variables, inputs, masked)
 
-    def encode(self, images: Any, prompts: Any, system: str | None = None) -> Batch:
+    def encode(
+        self,
+        images: Any,
+        prompts: Any,
+        system: str | None = None,
+        raw: bool = False,
+        *,
+        guide: Literal["last", "first"] = "last",
+    ) -> Batch:
         """The batch of what `generate` is asked, as `answers` and `logits` take it. With a method
         that chooses vision tokens by the text, the batch says which text that is.
+
+        Args:
+          images: as in `generate`.
+          prompts: as in `generate`.
+          system: as in `generate`.
+          raw: as in `generate`.
+          guide: which question of a conversation chooses: the last one, or the first, so that later
+            ones are asked of the vision tokens that were chosen for it.
 
         Raises:
           UsageError: as `generate`, or the method wants a vector of the text and there is no
             encoder that makes it.
         """
-        speaker, options = self.speaker, {}
-        if system is not None:
-            if isinstance(speaker, Processor):
-                raise UsageError("this model has learned no system text: leave it out")
-            options["system"] = system
+        if guide != "last":
+            return by_first_question(partial(self.encode, system=system, raw=raw), images, prompts)
+        speaker = self.speaker
+        options: dict[str, Any] = {"system": system} if system is not None else {}
+        options |= {"raw": True} if raw else {}
+        if options and isinstance(speaker, Processor):
+            what = "system text: leave it out" if system is not None else "other form of a prompt"
+            raise UsageError(f"this model has learned no {what}")
         config: Any = self.config
         if not getattr(config, "reducing", False):
             return speaker.encode_prompt(images, prompts, **options)

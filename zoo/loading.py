@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from zoo.convert.adapter import read_adapter
 from zoo.convert.checkpoint import Checkpoint, open_checkpoint
-from zoo.convert.folder import is_checkpoint
+from zoo.convert.folder import has_weights, is_checkpoint, read_config
 from zoo.convert.hub import folder_of
 from zoo.convert.parts import StoredParts
 from zoo.convert.place import (
@@ -238,6 +238,10 @@ def _find(folder: Path) -> Path:
             f"{folder} {what}: name the folder of a training run or of a checkpoint, or a model on "
             "the Hugging Face hub"
         )
+    if (folder / PARAMS).is_file() or (folder / TENSORS).is_file():
+        return folder  # one of ours that is not whole, of which its reader says what is missing
+    if has_weights(folder):
+        read_config(folder)  # raises: what is there configures no checkpoint
     checkpoints = [path.name for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
     if not checkpoints and not (folder / "metrics.jsonl").exists():
         raise ZooError(

@@ -48,8 +48,8 @@ class Ready(Protocol):
         ...
 
     @property
-    def params(self) -> Any:
-        """The parameters."""
+    def variables(self) -> Any:
+        """Its parameters, and its running statistics if it keeps some."""
         ...
 
     @property
@@ -111,7 +111,7 @@ def class_head(
         batch = loaded.processor.encode(texts=chunk)
         ids, mask = _filled(batch["ids"], len(texts), batch_size), batch.get("text_mask")
         mask = None if mask is None else _filled(mask, len(texts), batch_size)
-        parts.append(np.asarray(_texts(loaded.model, loaded.params, ids, mask))[: len(chunk)])
+        parts.append(np.asarray(_texts(loaded.model, loaded.variables, ids, mask))[: len(chunk)])
     embeddings = np.concatenate(parts).reshape(len(names), len(templates), -1)
     mean = embeddings.mean(1)
     return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
@@ -128,20 +128,20 @@ def judge(
     parts = []
     for chunk in _chunks(images, batch_size):
         pixels = _filled(loaded.processor.encode(images=chunk)["pixels"], len(images), batch_size)
-        found = _probabilities(loaded.model, loaded.params, pixels, jnp.asarray(head))
+        found = _probabilities(loaded.model, loaded.variables, pixels, jnp.asarray(head))
         parts.append(np.asarray(found)[: len(chunk)])
     return np.concatenate(parts)
 
 
 @jit(static_argnames="model")
-def _texts(model: nn.Module, params: Any, ids: Array, mask: Array | None) -> Array:
-    return model.apply({"params": params}, ids, mask, method="encode_text")
+def _texts(model: nn.Module, variables: Any, ids: Array, mask: Array | None) -> Array:
+    return model.apply(variables, ids, mask, method="encode_text")
 
 
 @jit(static_argnames="model")
-def _probabilities(model: nn.Module, params: Any, pixels: Array, head: Array) -> Array:
-    image = model.apply({"params": params}, pixels, method="encode_image")
-    return model.apply({"params": params}, image, head, method="probabilities")
+def _probabilities(model: nn.Module, variables: Any, pixels: Array, head: Array) -> Array:
+    image = model.apply(variables, pixels, method="encode_image")
+    return model.apply(variables, image, head, method="probabilities")
 
 
 def _check(loaded: Ready, what: str, items: Sequence[Any]) -> None:

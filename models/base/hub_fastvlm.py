@@ -1,19 +1,21 @@
 """FastVLM in the layout of Hugging Face: timm's FastViTHD, two linear layers and Qwen2.
 
-The same models in the layout of the official files are in `zoo.models.vlm.fastvlm`. Here the norms
-that released towers keep stay what they are, running statistics among them, so that a checkpoint
-goes back as it was.
+Checkpoints in the layout of the official files (`llava_qwen2`) are read too: their keys are others,
+the model is the same. Norms that released towers keep stay what they are, running statistics among
+them, so that a checkpoint goes back as it was. The systems of `zoo.models.vlm.fastvlm` have them
+folded.
 
 Follows: arXiv:2412.13303.
 """
 
 import dataclasses
 import math
+import re
 
 from zoo.models.core.errors import UsageError
 from zoo.models.core.hf import Fields
-from zoo.models.core.keytable import Table
-from zoo.models.core.registry import Base, register_base
+from zoo.models.core.keytable import Ignored, Table
+from zoo.models.core.registry import Base, read_hf, register_base
 from zoo.models.parts.assemblies.llava import LlavaConfig
 from zoo.models.parts.assemblies.llava_hub import ACTIVATIONS, projector_rows, read_decoder
 from zoo.models.parts.connect.mlp import MLPConnector
@@ -24,6 +26,9 @@ from zoo.models.parts.towers.fastvit_keys import TIMM, tower_table
 
 ARCHITECTURE = "fastvit_mci3"
 """What timm calls FastViTHD."""
+
+TOWERS = {"mobileclip_l": FastViTConfig()}
+"""The towers that official files name, each followed by the side of its pictures."""
 
 IMAGE_ID = 151_646
 """The placeholder of a picture: the first id that the tokenizer of Qwen2 does not use."""
@@ -89,9 +94,81 @@ def read_tower(fields: Fields) -> FastViTConfig:
     return tower
 
 
+def read_official(fields: Fields) -> LlavaConfig:
+    """The configuration that an official `config.json` describes: the fields of Qwen2, and beside
+    them those of LLaVA's own code.
+
+    None of its fields is the id of a picture's placeholder: the official code cuts prompts there
+    before it looks for words. Here it is `IMAGE_ID`, whose row nothing reads.
+
+    Raises:
+      UsageError: another tower or connector, or a field that means what is not computed here.
+    """
+    name = fields.take("mm_vision_tower")
+    kind, _, side = name.rpartition("_")
+    if kind not in TOWERS or not re.fullmatch("[1-9][0-9]*", side):
+        raise UsageError(
+            f"{fields.name}: mm_vision_tower is {name!r}; of these this zoo reads "
+            + ", ".join(f"{known}_<side in pixels>" for known in TOWERS)
+        )
+    tower = dataclasses.replace(TOWERS[kind], image_size=int(side))
+    for key, only in (("mm_projector_type", "mlp2x_gelu"), ("image_aspect_ratio", "pad")):
+        fields.take(key)  # a file without it means something else
+        fields.want(key, only)
+    fields.want("mm_hidden_size", tower.width)
+    fields.want("mm_patch_merge_type", "flat")
+    fields.want("mm_use_im_start_end", False)
+    fields.want("mm_use_im_patch_token", False)
+    # This tower gives its last map whatever they say.
+    fields.ignore("mm_vision_select_layer", "mm_vision_select_feature")
+    # Of pictures in tiles, of the tokenizer, of training.
+    fields.ignore("image_grid_pinpoints", "tokenizer_model_max_length", "tokenizer_padding_side")
+    fields.ignore("freeze_mm_mlp_adapter", "tune_mm_mlp_adapter", "unfreeze_mm_vision_tower")
+    fields.ignore("mm_projector_lr", "mm_vision_tower_lr", "use_mm_proj")
+    image_id = fields.take("image_token_index", IMAGE_ID)
+    return LlavaConfig(
+        tower=tower,  # type: ignore[arg-type]
+        connector=MLPConnector(activation="gelu", bias=True),
+        decoder=read_hf(fields.rest(model_type="qwen2")).decoder,  # type: ignore[attr-defined]
+        vision_layer=None,
+        image_id=IMAGE_ID if image_id < 0 else image_id,
+    )
+
+
+_TOWER = "model.vision_tower.timm_model."
+# The official modules of a tower are numbered throughout.
+_PLACES = (
+    "stages.0.blocks",
+    *(f"stages.{stage}.{part}" for stage in (1, 2) for part in ("downsample", "blocks")),
+    *(f"stages.{stage}.{part}" for stage in (3, 4) for part in ("downsample", "pos_emb", "blocks")),
+)
+_PARTS = {
+    "patch_embed": "stem",
+    "convffn": "mlp",
+    "lkb_reparam": "reparam_conv",
+    r"conv_exp\.se\.reduce": "final_conv.se.fc1",
+    r"conv_exp\.se\.expand": "final_conv.se.fc2",
+    "conv_exp": "final_conv",
+}
+_WITHIN = rf"^({re.escape(_TOWER)}(?:.*\.)?)"
+RENAMES = (
+    (r"^model\.vision_tower\.vision_tower\.model\.", _TOWER),
+    *((rf"{_WITHIN}network\.{place}\.", rf"\1{part}.") for place, part in enumerate(_PLACES)),
+    *((rf"{_WITHIN}{theirs}\.", rf"\1{ours}.") for theirs, ours in _PARTS.items()),
+    (rf"{_WITHIN}(layer_scale(?:_[12])?)$", r"\1\2.gamma"),
+    (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
+    (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
+    (r"^model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1."),
+)
+"""From the names in official files, whose towers are folded, to those that transformers writes."""
+
+
 def table(config: LlavaConfig) -> Table:
-    """Keys of transformers' checkpoints; running statistics stand below `stats/`."""
+    """Keys of transformers' checkpoints; running statistics stand below `stats/`. The CLIP head of
+    official files is passed over: nothing reads it.
+    """
     tower = tower_table(config.tower, TIMM)  # type: ignore[arg-type]
+    tower += Table((Ignored(r"head\.proj"),))
     projector = projector_rows(bias=config.connector.bias)
     return (
         tower.under("tower", "model.vision_tower.timm_model.")
@@ -153,6 +230,7 @@ register_base(
         paper="arXiv:2412.13303",
         variants=VARIANTS,
         table=table,
-        hf={"fast_vlm": read},
+        hf={"fast_vlm": read, "llava_qwen2": read_official},
+        renames=RENAMES,
     )
 )

@@ -223,7 +223,9 @@ class DeepStackV(ViTConfig):
     """A tower that adds the groups within itself: the decoder sees an ordinary picture.
 
     The whole picture and its four crops go through the first layers together; then the crops become
-    groups, which are added to the patches of the whole before one layer each.
+    groups, which are added to the patches of the whole before one layer each. Beside the policy
+    `DeepStack` with the same crops, these go on through all layers, and the decoder adds what
+    becomes of them.
 
     Attributes:
       start: layer, from 0, before which the first group is added; by default the middle one.
@@ -273,19 +275,21 @@ class StackedViT(ViT):
         keep: Array | None = None,
         insert: Array | None = None,
         stop_after: int | None = None,
+        crops: bool = False,
     ) -> Features:
         """Encode images.
 
         Args:
           pixels: [..., 1 + V, H, W, 3], of every image the whole and its crops.
-          taps: as in `ViT`, of the whole.
+          taps: as in `ViT`, of what is handed back.
           qk: not of this tower; nor `keep` and `insert`.
           keep: see above.
           insert: see above.
           stop_after: as in `ViT`.
+          crops: they go on through all layers, as in a plain tower, and are handed back too.
 
         Returns:
-          Features of the whole, [..., N, C].
+          Features of the whole, [..., N, C]; with `crops` of all views, [..., 1 + V, N, C].
 
         Raises:
           ValueError: as `ViT`, and for what this tower does not have.
@@ -298,10 +302,14 @@ class StackedViT(ViT):
         hidden, grid = self._embed(pixels.reshape(-1, height, width, 3), None, None)
         stream = _plain(hidden)
 
+        def shaped(seen: Array) -> Array:
+            """[B, 1 + V, ...] as it is handed back."""
+            wanted: Array = seen if crops else seen[:, 0]
+            return wanted.reshape(*lead, *wanted.shape[1:])
+
         joint = min(c.first, last)
         found: dict[int, Array] = {}
-        groups: Array | None = None
-        done, prefix = 0, c.prefix
+        done, prefix, running = 0, c.prefix, views
         levels = range(c.first, min(c.first + c.crops.number, c.depth))
         for mark in sorted({*taps, *levels, joint, last}):
             if mark > last:
@@ -309,25 +317,24 @@ class StackedViT(ViT):
             if mark > done:
                 stream, _, _ = self.stack(stream, start=done, stop=mark)
                 done = mark
-            whole = stream.hidden
-            if groups is None:
-                apart = whole.reshape(-1, views, *whole.shape[1:])  # [B, 1 + V, P + N, D]
-                whole = apart[:, 0]
-                if mark == joint:
-                    side = default_grid(c.crops)
-                    options = {"groups": c.crops.number, "sampling": "2d", "side": grid}
-                    groups = deal(apart[:, 1:, prefix:], side, **options)
-                    stream = _plain(whole)
-            if groups is not None and mark in levels:
-                whole = whole.at[:, prefix:].add(groups[:, mark - c.first])
-                stream = _plain(whole)
+            seen = stream.hidden.reshape(-1, running, *stream.hidden.shape[1:])  # [B, 1 + V, ...]
+            if mark == joint:
+                side = default_grid(c.crops)
+                options = {"groups": c.crops.number, "sampling": "2d", "side": grid}
+                groups = deal(seen[:, 1:, prefix:], side, **options)
+                if not crops:
+                    seen, running = seen[:, :1], 1
+            if mark in levels:
+                seen = seen.at[:, 0, prefix:].add(groups[:, mark - c.first])
+            if mark == joint or mark in levels:
+                stream = _plain(seen.reshape(-1, *seen.shape[2:]))
             if mark in taps:
-                found[mark] = whole.reshape(*lead, *whole.shape[1:])
+                found[mark] = shaped(seen)
 
         y = stream.hidden
         if c.final_norm and stop_after is None:
             y = self.final_norm(y)
-        y = y.reshape(*lead, *y.shape[1:])
+        y = shaped(y.reshape(-1, running, *y.shape[1:]))
         cls = y[..., 0, :] if c.class_token else None
         return Features(y[..., prefix:, :], grid, cls=cls, taps=found)
 

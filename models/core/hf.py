@@ -91,6 +91,14 @@ class Fields:
         self._read.add(key)
         return Fields(f"{self.name}.{key}", {**defaults, **(self._values.get(key) or {})})
 
+    def rest(self, **changes: Any) -> "Fields":
+        """What nobody has read so far, with `changes`, as the configuration of a part whose fields
+        stand beside those of the whole. It counts as read here.
+        """
+        left = {key: value for key, value in self._values.items() if key not in self._read}
+        self._read.update(left)
+        return Fields(self.name, {**left, **changes})
+
     def ignore(self, *keys: str) -> None:
         """Say that these fields, beyond `HARMLESS`, change no number here."""
         self._read.update(keys)

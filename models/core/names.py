@@ -106,6 +106,8 @@ def spec_for(
             f"names {names} and shape {shape}: one name (or None) per dimension, please"
         )
     rules = _in_force.get() if rules is None else rules
+    # Within `jax.shard_map` arrays are the parts along its axes already.
+    ways_along = {a: n for a, n in mesh.shape.items() if n > 1 and a not in mesh.manual_axes}
     used: set[str] = set()
     spec: list[Any] = []
     for name, size in zip(names, shape, strict=True):
@@ -114,14 +116,14 @@ def spec_for(
             continue
         if name not in rules:
             raise ValueError(f"unknown logical axis {name!r} in {names}; {_unknown(name, rules)}")
-        axes = tuple(axis for axis in _axes(rules[name]) if mesh.shape.get(axis, 1) > 1)
+        axes = tuple(axis for axis in _axes(rules[name]) if axis in ways_along)
         if twice := used.intersection(axes):
             raise ValueError(
                 f"mesh axis {sorted(twice)} would be used twice for {names} of {shape}"
             )
         ways = 1
         for axis in axes:
-            ways *= mesh.shape[axis]
+            ways *= ways_along[axis]
         if not axes or size % ways:
             spec.append(None)
             continue

@@ -14,6 +14,8 @@ A *batch* is a flat mapping of reserved names to arrays; a model reads those tha
     view_grid  [B, M, 2] int32, rows and columns of these crops. Absent: a square
     ids        [B, T] int32, one placeholder id per image, the same number I of them in every row:
                unused ones stand in the padding, `text_mask` False
+    shown      [B, M, 4] int32, where each image lies in its pixels, which are padding around it:
+               top, left, bottom, right; for methods that leave padding out. Absent: everywhere
     sizes      [B, I] int32, how many vision tokens take the place of each placeholder; absent where
                every image has the same number (I = M)
     layout     [B, S] int32, which of a row's vision tokens (M Q of them in the order of `pixels`,

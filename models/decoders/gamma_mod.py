@@ -341,28 +341,6 @@ def routing_loss(logits: Array, selected: Array, counted: Array) -> Array:
     return (each * counted).sum() / jnp.maximum(counted.sum(), 1)
 
 
-def published_flops(
-    width: int, mlp_dim: int, depth: int, tokens: int, skipped: float, *, dense: int = 4
-) -> int:
-    """FLOPs of reading a prompt, as the published tables count them: decoder layers alone, and
-    attention of every token to every token.
-
-    Args:
-      width: D of the decoder.
-      mlp_dim: F of its MLP.
-      depth: number of layers.
-      tokens: length of the prompt. The tables fit 1400 for LLaVA-HR, 800 for LLaVA-1.5 and 4000 for
-        Mini-Gemini-HD.
-      skipped: the share of all tokens that the other layers skip, as measured.
-      dense: layers that skip nothing.
-    """
-
-    def layer(n: int) -> int:
-        return 8 * n * width**2 + 4 * n**2 * width + 6 * n * width * mlp_dim
-
-    return dense * layer(tokens) + (depth - dense) * layer(int(tokens * (1 - skipped)))
-
-
 # A prefill computes what training does: half of the prefix at most.
 _PUBLISHED = (GammaMoD(capacity=0.5),)
 _HR = LlavaConfig(tower=CoupledConfig(), vision_layer=None, policies=_PUBLISHED)

@@ -28,7 +28,7 @@ from zoo.models.parts.assemblies.llava import LlavaConfig, llava_table
 from zoo.models.parts.assemblies.llava_hub import projector_rows
 from zoo.models.parts.decoders.gqa import DecoderConfig, Plan
 from zoo.models.parts.decoders.policies import wrap
-from zoo.models.parts.layers.linear import Proj
+from zoo.models.parts.layers.linear import Proj, uniform
 from zoo.models.parts.layers.plan import LayerPolicy, Run
 from zoo.models.parts.layers.selection import pick, put
 from zoo.models.parts.towers.vit import ViTConfig
@@ -46,7 +46,7 @@ CARD = Card(
         "Tokens that tie run in reading order; the official choice among them is arbitrary.",
         "`vision_hr` leaves alone the first tile of a row, the official code that of each of its "
         "pictures.",
-        "Routers start at zero; the official code has this as an option (`mod_special_init`).",
+        "With `zero_init=False` the bias of a router starts at zero all the same.",
     ),
 )
 
@@ -81,6 +81,7 @@ class PMoD:
       scale: a weight is `scale * function(router) + bias`.
       bias: see `scale`.
       router_bias: whether routers have a bias of their own.
+      zero_init: routers start at zero, all weights being equal; else as a `Linear` of PyTorch.
     """
 
     schedule: Literal[
@@ -96,6 +97,7 @@ class PMoD:
     scale: float = 0.2
     bias: float = 1.0
     router_bias: bool = True
+    zero_init: bool = True
 
     def __post_init__(self) -> None:
         choices = {"schedule": SCHEDULES, "target": TARGETS, "weight": WEIGHTS}
@@ -120,7 +122,8 @@ class PMoD:
           target_layers: `mod_target_layers`, such as "shiftedcos_decay_0.85_0.15" or "interleave".
           weight_norm: `mod_weight_norm`, such as "tanh_0.2_1"; without numbers they are 1 and 1.
           **fields: further fields, such as `factor` (`mod_router_factor`), `target`
-            (`mod_target_token_type`) and `router_bias` (`mod_bias_enabled`).
+            (`mod_target_token_type`), `router_bias` (`mod_bias_enabled`) and `zero_init`
+            (`mod_special_init`).
 
         Raises:
           ValueError: a string of another form.
@@ -216,15 +219,17 @@ def num_kept(tokens: int | Array, ratio: float) -> int | Array:
 
 
 class Router(nn.Module):
-    """One number per token: [B, L, D] to [B, L]. It starts at zero, all weights being equal."""
+    """One number per token: [B, L, D] to [B, L]."""
 
     bias: bool
+    zero_init: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        shape, axes = (x.shape[-1], 1), ("embed", None)
-        options = {"bias": self.bias, "init": nn.initializers.zeros, "name": "out"}
-        scores: Array = Proj("...d,do->...o", shape, axes, **options)(x)
+        width = x.shape[-1]
+        init = nn.initializers.zeros if self.zero_init else uniform(width**-0.5)
+        options = {"bias": self.bias, "init": init, "name": "out"}
+        scores: Array = Proj("...d,do->...o", (width, 1), ("embed", None), **options)(x)
         return scores[..., 0]
 
 
@@ -254,7 +259,7 @@ class MoD(LayerPolicy):
     def module(self, block: nn.Module) -> nn.Module:
         """The router of this layer."""
         del block
-        return Router(self.config.router_bias, parent=None)
+        return Router(self.config.router_bias, self.config.zero_init, parent=None)
 
     def __call__(
         self,

@@ -20,12 +20,22 @@ from zoo.models.core.registry import register
 from zoo.models.core.types import Array, Aux, Batch, Features, Memory, Stream, Tokens
 from zoo.models.parts.assemblies.classifier import Classified
 from zoo.models.parts.layers.linear import Proj
-from zoo.models.parts.layers.modalities import Modality, Pictures, Sequence, Series, present
+from zoo.models.parts.layers.modalities import (
+    Audio,
+    Bands,
+    Modality,
+    Pictures,
+    Sequence,
+    Series,
+    Text,
+    Video,
+    present,
+)
 from zoo.models.parts.layers.norms import LayerNorm
 from zoo.models.parts.layers.plan import Step
 from zoo.models.parts.layers.points import Points
 from zoo.models.parts.layers.stack import Stack
-from zoo.models.parts.towers.vit import TIMM_LAYER, ViTBlock, ViTConfig, layer_rows
+from zoo.models.parts.towers.vit import TIMM_LAYER, ViTBlock, ViTConfig, layer_rows, ones
 
 CARD = Card(
     slug="meta_transformer",
@@ -188,18 +198,29 @@ def encoder_table(config: MetaTransformerConfig, prefix: str = "") -> Table:
 
 
 def tokenizer_table(tokenizer: Modality) -> Table:
-    """Keys of the official tokenizer of pictures or of time series.
+    """Keys of the official class of a tokenizer.
 
     Raises:
-      UsageError: another tokenizer, which has no official file.
+      UsageError: its numbers are not those of an official class.
     """
     if isinstance(tokenizer, Pictures):
         return Table(tuple(weight_rows("patch", "proj", conv)))
+    if isinstance(tokenizer, Video):
+        return Table(tuple(weight_rows("tube", "proj", conv)))
     if isinstance(tokenizer, Series):
         rows: list[AnyRow] = [Row("value/kernel", "value_embedding.tokenConv.weight", conv)]
         fixed = r"(position_embedding\.pe|temporal_embedding\..*)"  # which follow from the sizes
         return Table((*rows, Ignored(fixed)))
-    raise UsageError(f"the tokenizer of {tokenizer.name}: there is no official file")
+    if isinstance(tokenizer, Audio):
+        rows = [*weight_rows("patch", "patch_embed.proj", conv)]
+        return Table((*rows, Row("position", "pos_embed", ones(1))))
+    if isinstance(tokenizer, Text):
+        return Table((Row("embed/embedding", "token_embedding.weight"),))
+    if isinstance(tokenizer, Bands):
+        rows = [*weight_rows("embed", "patch_to_embedding")]
+        rows += [Row("cls", "cls_token", ones(2)), Row("position", "pos_embedding", ones(1))]
+        return Table(tuple(rows))
+    raise UsageError(f"the tokenizer of {tokenizer.name}: no official class has its numbers")
 
 
 def table(config: MetaTransformerConfig) -> Table:

@@ -139,7 +139,8 @@ class GSearch:
           ValueError: a schedule of another length, one that grows or begins with less than all, or
             a budget that cannot be met.
         """
-        if isinstance(self.keep, int) and self.keep > slots > 0:
+        each = self.keep if isinstance(self.keep, tuple) else (self.keep,)
+        if slots and any(isinstance(one, int) and one > slots for one in each):
             raise ValueError(f"keep = {self.keep}: there are {slots} tokens; want 1 to {slots}")
         if self.keep == 1.0 and isinstance(self.keep, float):
             return (1.0,) * depth

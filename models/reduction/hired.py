@@ -110,7 +110,7 @@ class HiRED(Reducer):
 
     def capacity(self, tiles: int, tokens: int) -> int:
         """The most that one of so many tiles can keep."""
-        return min(tokens, max(max(self._split(n, tokens)) for n in range(1, tiles + 1)))
+        return min(tokens, max(max(self.split(n, tokens)) for n in range(1, tiles + 1)))
 
     def budgets(self, score: Array, tiles: Array, grid: tuple[int, int] | None) -> Array:
         """How many tokens every tile keeps, int32 [B, M].
@@ -152,7 +152,7 @@ class HiRED(Reducer):
         """How many patches of the picture seen whole say which tiles matter."""
         return int(tokens * (1 - self.alpha))
 
-    def _split(self, tiles: int, tokens: int) -> tuple[int, int]:
+    def split(self, tiles: int, tokens: int) -> tuple[int, int]:
         """What the picture seen whole gets, and what all other tiles together."""
         budget = self.budget(tiles, tokens)
         if tiles == 1:
@@ -169,7 +169,7 @@ class HiRED(Reducer):
         shares = np.zeros((tiles + 1, tokens + 1), np.int32)
         part = np.arange(tokens + 1, dtype=np.float32) / np.float32(max(voters, 1))
         for number in range(1, tiles + 1):
-            wholes[number], rest = self._split(number, tokens)
+            wholes[number], rest = self.split(number, tokens)
             shares[number] = np.minimum(np.trunc(part * np.float32(rest)), tokens)
         return wholes, shares
 

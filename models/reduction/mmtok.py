@@ -33,8 +33,6 @@ CARD = Card(
         "What the batch's `guide` marks is covered, with its tokens as the decoder reads them; the "
         "official code takes the words that `keywords` keeps, each tokenised by itself.",
         "Batches of any size, and several pictures in a prompt; the official code takes one.",
-        "Padding is left out where a caller says what is padding (`padding`, `allowed`); the "
-        "pictures of the hub's processors have none.",
         "Where a connector makes tokens of several patches (InternVL), their mean stands for the "
         "token; where it makes them of all patches, its tokens stand for themselves.",
         "Where a model interpolates between tokens (large pictures and videos of LLaVA-OneVision), "
@@ -153,6 +151,7 @@ class MMTok(Reducer):
 
     point: ClassVar[Point] = "connector"
     reads_text: ClassVar[bool] = True
+    skips_padding: ClassVar[bool] = True
     arrange: ClassVar[Arrange] = "mosaic"  # no padding is cut off, and there are no newlines
 
     def __post_init__(self) -> None:

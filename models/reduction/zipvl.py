@@ -33,7 +33,7 @@ from zoo.models.parts.decoders.policies import wrap
 from zoo.models.parts.layers.mixed_kv import BITS, MixedKV
 from zoo.models.parts.layers.plan import LayerPolicy, Run
 from zoo.models.parts.layers.selection import put
-from zoo.models.parts.reduce.base import Keep, Kept, check_keep
+from zoo.models.parts.reduce.base import Keep, Kept, check_keep, num_kept
 
 CARD = Card(
     slug="zipvl",
@@ -90,9 +90,10 @@ class ZipVL:
         """The plan whose layers all attend among their important tokens.
 
         Raises:
-          ValueError: a decoder whose norms come after the residual.
+          ValueError: a decoder whose norms come after the residual, or more tokens than there are.
         """
-        del slots  # every layer counts its own
+        if slots:  # every layer counts its own
+            num_kept(self.keep, slots)
         if any(getattr(step.block, "norm_place", "pre") == "post" for step in plan):
             raise ValueError("ZipVL: want a decoder whose norms come before its layers or branches")
         return wrap(plan, dict.fromkeys(range(len(plan)), Important(self)))

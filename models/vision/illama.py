@@ -12,7 +12,7 @@ softmax's sum alone.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -33,8 +33,13 @@ from zoo.models.core.keytable import (
     weight_rows,
 )
 from zoo.models.core.registry import register
-from zoo.models.core.types import Array, Features, Memory, Stream, Tokens
-from zoo.models.parts.assemblies.classifier import ClassifierConfig, head_table
+from zoo.models.core.types import Array, Batch, Features, Memory, Stream, Tokens
+from zoo.models.parts.assemblies.classifier import (
+    Classified,
+    Classifier,
+    ClassifierConfig,
+    head_table,
+)
 from zoo.models.parts.layers.block import Block
 from zoo.models.parts.layers.embed import PatchEmbed, check_pixels
 from zoo.models.parts.layers.gates import DROP_KEY, stochastic_depth
@@ -56,7 +61,7 @@ CARD = Card(
 )
 
 SOFT_MASK = "soft_mask"
-"""The name of the soft mask's rate in the memory of the layers."""
+"""The name of the soft mask's rate in the memory of the layers, and in a batch."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,6 @@ class ILlama(nn.Module):
           train: whether paths are dropped, by the random stream "dropout".
           taps: depths at which to return the residual stream, 0 to `depth`.
           soft_mask: the rate of the soft mask, from 1, attention in both directions, to 0, causal.
-            See `soft_mask_rate`.
 
         Raises:
           ValueError: an image that does not fit, or a layer that the tower does not have.
@@ -213,28 +217,42 @@ class ILlama(nn.Module):
         return jnp.concatenate([x, cls], 1), grid
 
 
-def soft_mask_rate(
-    step: Array | int, steps: int, form: Literal["constant", "linear"] = "constant"
-) -> Array:
-    """The rate of the soft mask at a training step, float32 []: 0 from `steps` on.
+@dataclass(frozen=True)
+class ILlamaClassifierConfig(ClassifierConfig):
+    """The tower with a head on its class token; in training its batches may have a `soft_mask`."""
 
-    Args:
-      step: from 0.
-      steps: how long the mask is soft; published are 50 epochs, constant, for the tiny size and 25,
-        linear, for the base size.
-      form: 1 until then, or from 1 down to 0 at the last of these steps.
+    def build(self) -> "ILlamaClassifier":
+        """The module."""
+        return ILlamaClassifier(self)
+
+
+class ILlamaClassifier(Classifier):
+    """A classifier that reads the rate of the soft mask in its batch, where there is one.
+
+    `zoo.train.objectives.fading.Fading` puts it there.
     """
-    if form not in ("constant", "linear"):
-        raise ValueError(f"form = {form!r}: want 'constant' or 'linear'")
-    slope = 1 / max(steps - 1, 1) if form == "linear" else 0.0
-    return jnp.where(jnp.asarray(step) < steps, 1 - slope * jnp.asarray(step, jnp.float32), 0.0)
+
+    def __call__(
+        self, batch: Batch, *, train: bool = False, taps: tuple[int, ...] = (), **options: Any
+    ) -> Classified:
+        """As `Classifier`.
+
+        Args:
+          batch: `pixels` [..., H, W, C], and perhaps `soft_mask`, float32 [].
+          train: as of the tower.
+          taps: likewise.
+          **options: likewise.
+        """
+        if SOFT_MASK in batch:
+            options[SOFT_MASK] = batch[SOFT_MASK]
+        return super().__call__(batch, train=train, taps=taps, **options)
 
 
-def _size(width: int, depth: int, num_heads: int, **more: Any) -> ClassifierConfig:
+def _size(width: int, depth: int, num_heads: int, **more: Any) -> ILlamaClassifierConfig:
     tower = ILlamaConfig(
         width=width, depth=depth, num_heads=num_heads, mlp_dim=hidden_width(width), **more
     )
-    return ClassifierConfig(tower, num_classes=1000)
+    return ILlamaClassifierConfig(tower, num_classes=1000)
 
 
 # Sizes: models/illama.py of the official code. Its own smallest size is called tiny, which is the
@@ -246,7 +264,7 @@ VARIANTS = {
     "illama_b.384": _size(768, 12, 12, image_size=384),
     "illama_l": _size(1024, 24, 16),
     "illama_l.384": _size(1024, 24, 16, image_size=384),
-    "illama_tiny": ClassifierConfig(
+    "illama_tiny": ILlamaClassifierConfig(
         ILlamaConfig(image_size=16, patch_size=4, width=16, depth=2, num_heads=2, mlp_dim=32),
         num_classes=5,
     ),

@@ -288,6 +288,11 @@ VARIANTS = {
     "vitamin_l": _classes(ViTaminConfig(), 768),
     **{f"vitamin_l.{side}": _classes(ViTaminConfig(image_size=side), 768) for side in (256, 336)},
     "vitamin_l.384": _classes(ViTaminConfig(image_size=384), 768),
+    "vitamin_l2": _classes(ViTaminConfig(), 1024),
+    **{
+        f"vitamin_l2.{side}": _classes(ViTaminConfig(image_size=side), 1024)
+        for side in (256, 336, 384)
+    },
     "vitamin_s": _classes(ViTaminConfig(**_SMALL), 768),
     "vitamin_b": _classes(ViTaminConfig(**_BASE), 768),
     "vitamin_xl.256": _classes(ViTaminConfig(**_XLARGE, image_size=256), 1152),

@@ -156,6 +156,11 @@ def test_a_full_disk_while_exporting(pair, tmp_path, monkeypatch):
     with pytest.raises(ZooError, match="No space left"):
         export(pair[1], tmp_path / "new")
     assert files(tmp_path) == []
+    left = exporting.shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: left)
+    with pytest.raises(ZooError, match="100 bytes are left and the weights need"):
+        export(pair[1], tmp_path / "new")
+    assert files(tmp_path) == []
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no file", "pickle", "header"])
@@ -204,6 +209,8 @@ def test_a_tensor_that_is_not_what_it_was_is_not_exported(ours, tmp_path):
 def test_only_converted_models_can_be_exported(pair, tmp_path):
     with pytest.raises(UsageError, match="holds no converted checkpoint"):
         export(pair[0], tmp_path / "back")
+    with pytest.raises(UsageError, match="nowhere does not exist"):
+        export(tmp_path / "nowhere", tmp_path / "back")
 
 
 def interrupt(theirs, ours, seconds=120):

@@ -223,6 +223,23 @@ def test_damaged_pickles(tmp_path):
         read_pickled(file)
 
 
+def test_descriptions_that_would_take_forever_are_refused(tmp_path):
+    bomb = ("a",)  # becomes a tree of 2^60 leaves, which nobody may hash or print
+    for _ in range(60):
+        bomb = (bomb, bomb)
+    file = tmp_path / "x.bin"
+    with zipfile.ZipFile(file, "w") as archive:
+        program = pickle.dumps(bomb, 2).removesuffix(pickle.STOP)
+        archive.writestr("archive/data.pkl", program[:2] + b"}" + program[2:] + b"K\x01s.")
+    with pytest.raises(ZooError, match="tuple where str or int is due"):
+        read_pickled(file)
+    storage = Storage(name("torch.FloatStorage"), bomb, 1)
+    with pytest.raises(ZooError, match="tuple where str is due"):
+        read_pickled(write_zip(file, {"a": storage}, {"0": A}))
+    with pytest.raises(ZooError, match="tuple where int is due"):
+        read_pickled(write_zip(file, {"a": tensor(A, "0", shape=(bomb,))}, {"0": A}))
+
+
 class Harm:
     def __init__(self, target):
         self.target = target

@@ -204,6 +204,10 @@ def test_everything_that_does_not_fit_is_listed(tmp_path):
     [
         ({**LLAMA, "model_type": "lama"}, "model_type 'lama' is not one that this zoo reads"),
         ({**LLAMA, "wild": 3}, "unknown fields that may change the numbers: wild = 3"),
+        ({**LLAMA, "hidden_size": "wide"}, r"config.json describes no model: "),
+        ({**LLAMA, "num_attention_heads": 0}, r"config.json describes no model: "),
+        ({**LLAMA, "intermediate_size": -8}, r"config.json describes no model: "),
+        ({**LLAMA, "rope_scaling": "linear"}, r"config.json describes no model: "),
     ],
 )
 def test_configurations_that_are_not_understood(tmp_path, fields, message):

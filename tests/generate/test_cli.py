@@ -117,6 +117,7 @@ def test_a_bad_picture_is_refused_by_name(capsys, run, tmp_path, content, messag
         (["--stop", ""], PROMPT, 2, "a stop string is empty"),
         (["--stream", "--json"], PROMPT, 2, "--stream and --json"),
         (["--image", "second.png"], PROMPT, 2, "2 pictures"),
+        (["--raw"], PROMPT, 2, "no other form of a prompt"),
         ([], " ", 1, "the question is empty"),
         ([], "why? " * 40, 1, "more than the 20 that the model takes"),
     ],
@@ -171,4 +172,4 @@ def test_agents(capsys, run, picture):
     status, _, err = ask(capsys, run, picture("plain"), "--agent", "mqt_tiny")
     assert status == 2 and "no agent" in err
     status, _, err = ask(capsys, run, picture("plain"), "--agent", "damro", "--stream")
-    assert status == 2 and "leave --stream and --system out" in err
+    assert status == 2 and "leave --stream, --raw and --system out" in err

@@ -338,7 +338,7 @@ class Ready:
 
     config: object
     model: object
-    params: object
+    variables: object
     processor: object
 
 
@@ -347,7 +347,7 @@ def test_zero_shot_classes_by_their_names(name):
     make, is_masked = CASES[name]
     hf = redraw(make())
     config, model, params, _ = converted(hf)
-    ready = Ready(config, model, params, Words(is_masked))
+    ready = Ready(config, model, {"params": params}, Words(is_masked))
     names = ["cat", "old dog", "bird"]
     templates = ("a photo of a {}.", "{} in the rain")
     pixels = images(5)

@@ -1,4 +1,4 @@
-"""RegNets against timm's, through the key table."""
+"""RegNets X and Y against timm's, through the key table; Z is in `test_vision`."""
 
 import flax.linen as nn
 import jax
@@ -8,23 +8,12 @@ import pytest
 from tests.live.reference import close, redraw, state_of, timm, torch
 from zoo.models.core.registry import config
 from zoo.models.parts.towers.regnet import RegNetConfig
-from zoo.train.recipes.fast_scaling import ClassifierConfig, regnet, table
+from zoo.train.recipes.fast_scaling import ClassifierConfig, regnet, table, timm_table
 
 PLAIN = {"stem_width": 8, "image_size": 64}
 SMALL = {
     "x": (regnet(8.0, 8, 2.0, 8, 4, se_ratio=0.0, **PLAIN), {}),
     "y": (regnet(8.0, 8, 2.0, 8, 4, **PLAIN), {"se_ratio": 0.25}),
-    "z": (
-        regnet(8.0, 8, 2.0, 8, 4, bottleneck=4.0, inverted=True, head_width=24, **PLAIN),
-        {
-            "se_ratio": 0.25,
-            "bottle_ratio": 4.0,
-            "downsample": None,
-            "linear_out": True,
-            "num_features": 24,
-            "act_layer": "silu",
-        },
-    ),
 }
 
 
@@ -52,7 +41,7 @@ def test_a_small_one_gives_the_same(name):
     )
     theirs = running(redraw(timm.models.regnet.RegNet(sizes, num_classes=7)))
     ours = ClassifierConfig(tower, pool="mean", num_classes=7)
-    variables = table(ours).load(state_of(theirs), shapes(ours))
+    variables = timm_table(ours).load(state_of(theirs), shapes(ours))
     pixels = np.random.default_rng(0).normal(size=(2, 96, 64, 3)).astype(np.float32)
     model = ours.build()
     outer = torch.from_numpy(pixels.transpose(0, 3, 1, 2))
@@ -71,7 +60,7 @@ def test_a_small_one_gives_the_same(name):
     step = jax.jit(lambda v, x: model.apply(v, {"pixels": x}, train=True, mutable=["stats"]))
     trained, changed = step(variables, pixels)
     close(trained.logits, want, what="in training")
-    back = table(ours).save({**variables, "stats": nn.unbox(changed["stats"])})
+    back = timm_table(ours).save({**variables, "stats": nn.unbox(changed["stats"])})
     after = state_of(theirs)
     for key, array in back.items():
         close(array, after[key], what=key)
@@ -94,7 +83,16 @@ def test_full_sizes_have_the_same_parameters(name, original):
         theirs = timm.create_model(original)
     state = {key: tuple(leaf.shape) for key, leaf in theirs.state_dict().items()}
     want = {key: shape for key, shape in state.items() if "num_batches" not in key}
-    assert table(ours).shapes(shapes(ours)) == want
+    variables = shapes(ours)
+    assert timm_table(ours).shapes(variables) == want
+    official = table(ours).shapes(variables)
+    assert sorted(official.values()) == sorted(want.values())
+    assert {"stem.bn.running_var", "s1.b1.f.a_bn.weight", "s2.b1.f.c.weight"} <= set(official)
+    assert (
+        ("s1.b1.proj.weight" in official) == ("s1.b1.bn.weight" in official) != ours.tower.inverted
+    )
+    assert ("s4.b2.f.se.f_ex.2.bias" in official) == bool(ours.tower.se_ratio)
+    assert ("head.conv.weight" in official) == bool(ours.tower.head_width)
 
 
 def test_an_odd_size_is_rounded_up():

@@ -20,6 +20,7 @@ from zoo.models.parts.towers.fastvit import FastViTConfig
 from zoo.models.parts.towers.swin import SwinConfig
 from zoo.models.vision import crossvit, inceptionnext, swin, vitamin
 from zoo.models.vlm import fastvlm
+from zoo.train.recipes import fast_scaling
 
 Tables = Callable[[Any], Table]
 
@@ -150,6 +151,37 @@ CASES = {
         (72, 130),
         2e-3,
     ),
+    "regnet": Tiny(
+        "regnetz_005",
+        {
+            "depth": 8,
+            "w0": 8,
+            "wa": 8.0,
+            "wm": 2.0,
+            "group_size": 4,
+            "stem_width": 8,
+            "num_features": 24,
+        },
+        ClassifierConfig(
+            fast_scaling.regnet(
+                8.0,
+                8,
+                2.0,
+                8,
+                4,
+                bottleneck=4.0,
+                inverted=True,
+                head_width=24,
+                stem_width=8,
+                image_size=64,
+            ),
+            "mean",
+            num_classes=5,
+        ),
+        fast_scaling.timm_table,
+        (96, 64),
+        2e-3,
+    ),
 }
 
 # {timm's name: (ours, table)}
@@ -164,10 +196,14 @@ SIZES = {
     "inception_next_tiny": ("inceptionnext_t", inceptionnext.table),
     "inception_next_small": ("inceptionnext_s", inceptionnext.table),
     "inception_next_base": ("inceptionnext_b", inceptionnext.table),
+    "vitamin_small_224": ("vitamin_s", vitamin.table),
     "vitamin_base_224": ("vitamin_b", vitamin.table),
     "vitamin_large_224": ("vitamin_l", vitamin.table),
-    "vitamin_large_384": ("vitamin_l.384", vitamin.table),
-    "vitamin_xlarge_256": ("vitamin_xl.256", vitamin.table),
+    "vitamin_large2_224": ("vitamin_l2", vitamin.table),
+    **{f"vitamin_large_{side}": (f"vitamin_l.{side}", vitamin.table) for side in (256, 336, 384)},
+    **{f"vitamin_large2_{side}": (f"vitamin_l2.{side}", vitamin.table) for side in (256, 336, 384)},
+    **{f"vitamin_xlarge_{side}": (f"vitamin_xl.{side}", vitamin.table) for side in (256, 336, 384)},
+    "fastvit_mci3": ("fastvlm_encoder.branches", fastvlm.timm_table),
     **{
         name: (name, crossvit.timm_table)
         for name in crossvit.VARIANTS
@@ -275,12 +311,20 @@ def test_the_same_as_timm(name):
     assert_same(drawn(theirs), case.config, case.table(case.config), shape, case.noise)
 
 
-@pytest.mark.parametrize("original", SIZES)
+FIRST = {ours.split("_")[0]: original for original, (ours, _) in reversed(SIZES.items())}
+"""One of each system; the other sizes are `thorough`."""
+
+
+@pytest.mark.parametrize(
+    "original",
+    [pytest.param(n, marks=() if n in FIRST.values() else pytest.mark.thorough) for n in SIZES],
+)
 def test_sizes_of_timm(original):
     """Every tensor of the full size as timm names and shapes it."""
     name, table = SIZES[original]
     config = registry.config(name)
+    bare = {} if config.num_classes else {"num_classes": 0}
     with torch.device("meta"):
-        theirs = timm.create_model(original, pretrained=False)
+        theirs = timm.create_model(original, pretrained=False, **bare)
     want = {key: tuple(leaf.shape) for key, leaf in meaningful(theirs.state_dict()).items()}
     assert table(config).shapes(variables_of(config)) == want

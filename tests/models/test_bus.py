@@ -211,7 +211,7 @@ def test_draws_of_pre_training():
 
 
 def terms_of(params, batch):
-    objective = ImageText(mask_id=3, special=(0,), share=0.4)
+    objective = ImageText(mask_id=3, special=(0,), share=0.4, queue=0, soft=0.0)
     model, key = TINY.build(), jax.random.key(0)
     found, _, carried = objective.loss(model, {"params": params}, {}, batch, key, None)
     assert not carried
@@ -240,6 +240,47 @@ def test_boxes_teach_the_selector():
     a = 1 / (1 + np.exp(-np.asarray(parts(TINY)[1].relevance, np.float64)))
     each = -np.where(label > 0, np.log(a), np.log(1 - a))
     close(cost, each[label >= 0].mean())
+
+
+def test_the_slow_copy():
+    """It is a mean of the past; what it has seen is compared with, and it softens what is right."""
+    objective = ImageText(mask_id=3, special=(0,), share=0.4, momentum=0.75, queue=6, soft=0.25)
+    model, batch, key = TINY.build(), jax.tree.map(jnp.asarray, given()), jax.random.key(0)
+    weights = jax.tree.map(jnp.asarray, params())
+    aux = objective.init(model, {"params": weights}, {})
+    assert aux["images"].shape == aux["texts"].shape == (6, 8)
+    np.testing.assert_allclose(np.linalg.norm(aux["texts"], axis=-1), 1, rtol=1e-6)
+    aux["momentum"] = jax.tree.map(lambda x: 0.5 * x, weights)
+
+    @jax.jit
+    def run(weights, aux):
+        terms, _, carried = objective.loss(model, {"params": weights}, aux, batch, key, None)
+        ids, mask = batch["ids"], batch["text_mask"]
+        hidden, wanted = objective.hide(ids, mask, jax.random.split(key, 4)[1], 40)
+
+        def made(own):
+            use = lambda name, *args: model.apply({"params": own}, *args, method=name)
+            text = use("read", ids, mask)
+            seen = use("see", batch["pixels"], text[:, 0])
+            fused = use("fuse", use("read", hidden, mask), mask, use("summarise", seen))
+            return use("image_of", seen.cls), use("text_of", text[:, 0]), use("predict", fused)
+
+        moved = carried["aux"]["momentum"]
+        return terms, carried["aux"], wanted, made(weights), made(moved)
+
+    terms, carried, wanted, own, past = jax.tree.map(np.asarray, run(weights, aux))
+    for moved, now in zip(jax.tree.leaves(carried["momentum"]), jax.tree.leaves(weights)):
+        np.testing.assert_allclose(moved, 0.625 * now, rtol=1e-5, atol=1e-7)
+    scale, log_costs = np.exp(params()["logit_scale"]), []
+    for side, other, name in ((0, 1, "texts"), (1, 0, "images")):
+        there = np.concatenate([past[other], aux[name]])
+        np.testing.assert_allclose(carried[name], there[:6], rtol=1e-6)
+        target = 0.25 * jax.nn.softmax(scale * past[side] @ there.T) + 0.75 * np.eye(4, 10)
+        log_costs.append(-(target * jax.nn.log_softmax(scale * own[side] @ there.T)).sum(-1))
+    close(terms["loss"].value, np.mean(log_costs))
+    right = 0.75 * jax.nn.one_hot(batch["ids"], 40) + 0.25 * jax.nn.softmax(past[2])
+    spelled = -(right * jax.nn.log_softmax(own[2])).sum(-1)
+    close(terms["mask_loss"].value, spelled[wanted].mean())
 
 
 @pytest.mark.thorough
@@ -284,8 +325,10 @@ def test_what_does_not_fit():
         BusConfig(summary=129)
     with pytest.raises(ValueError, match="width of the texts"):
         BusConfig(tower=SelectiveConfig(text_width=512))
-    with pytest.raises(UsageError, match="share"):
-        ImageText(share=1.0)
+    wrong = {"share": 1.0, "momentum": 1.0, "queue": -1, "soft": 1.0}
+    for name, value in wrong.items():
+        with pytest.raises(UsageError, match=f"objective.{name} is"):
+            ImageText(**{name: value})
     with pytest.raises(UsageError, match="fuses images and texts"):
         ImageText().init(ViTConfig().build(), {}, {})
     with pytest.raises(UsageError, match="batch of one"):

@@ -199,20 +199,30 @@ def test_neutral_settings_are_the_dense_model():
     dense, config = composed(()), composed(neutral)
     params, batch = draw(boxed_of(config)), batch_of(config, TEXT)
     layers = params["decoder"]["stack"]["layers"]
-    router = layers.pop("router")
-    want, _ = forward(dense.build())(params, {**batch})
-    layers["router"] = jax.tree.map(np.zeros_like, router)
-    model = config.build()
+    router = jax.tree.map(np.zeros_like, layers.pop("router"))
+    routed = {**params["decoder"], "stack": {"layers": {**layers, "router": router}}}
 
-    def without_taps(model, batch):
-        stream, _ = model.stream(batch, QUERIES)
-        return model.head(model.decoder.run(stream, None, {})[0].hidden)
+    @jax.jit
+    def both(params, routed, batch):
+        """Of the two models: what goes into the decoder, and the logits of the same stream."""
+        ours = {"params": {**params, "decoder": routed}}
+        whole = {name: x for name, x in batch.items() if name != "crops"}
+        streams = [
+            made.build().apply(own, given, QUERIES, method="stream")[0]
+            for made, own, given in ((config, ours, batch), (dense, {"params": params}, whole))
+        ]
+        read = lambda model: model.head(model.decoder.run(streams[0], None, {})[0].hidden)
+        logits = [
+            made.build().apply(own, method=read)
+            for made, own in ((config, ours), (dense, {"params": params}))
+        ]
+        return [stream.hidden for stream in streams], logits
 
-    got = jax.jit(lambda p, b: model.apply({"params": p}, b, method=without_taps))(params, batch)
-    # Padding bypasses layers that choose; views of a picture are encoded in one batch, which rounds
-    # in another way.
+    hidden, (got, want) = both(params, routed, batch)
+    close(*hidden, 1e-6)
+    # Padding bypasses layers that choose.
     real = np.arange(got.shape[1]) < np.array(LENGTHS)[:, None] + QUERIES - 1
-    close(np.asarray(got)[real], np.asarray(want)[real], 2e-6)
+    close(np.asarray(got)[real], np.asarray(want)[real], 1e-6)
 
 
 @pytest.mark.parametrize("inner", [POLICIES["p_mod"][0], GammaMoD(text_prefix=1)])

@@ -96,7 +96,7 @@ def test_slots_of_aim_at_full_size(name, slots):
         return stream, model.decoder.run(stream, None, memory)[0]
 
     first, last = jax.eval_shape(lambda v, b: model.apply(v, b, method=read), variables, batch)
-    assert first.slots == slots and last.slots == 0
+    assert first.slots == slots == made.slots and last.slots == 0
 
 
 def test_frames_are_merged_one_by_one():
@@ -249,5 +249,7 @@ def test_masking_is_dropping():
     assert kept_by_cell(aux, 16).sum(-1)[:, 0].tolist() == [16, 16, 12, 8, 8, 3]
     _, (plain, *_) = runner(config())(params(), batch)
     np.testing.assert_allclose(score(params(), batch, (1.0,) * 6), plain, atol=2e-5)
+    with pytest.raises(ValueError, match="there are 16 tokens"):
+        GSearch((20, 10, 9, 8, 7, 6)).apply(config().decoder.plan(), slots=16)
     with pytest.raises(ValueError, match="do not grow"):
         GSearch((1.0, 0.5, 0.6, 0.5, 0.5, 0.5)).apply(config().decoder.plan(), slots=16)

@@ -19,13 +19,7 @@ from zoo.models.core import registry
 from zoo.models.core.errors import ZooError
 from zoo.models.core.tree import flatten_dict
 from zoo.models.core.types import IGNORE, KV, Reserve, Stream, Tokens
-from zoo.models.decoders.gamma_mod import (
-    MODES,
-    GammaMoD,
-    SkipTokens,
-    published_flops,
-    router_rows,
-)
+from zoo.models.decoders.gamma_mod import MODES, GammaMoD, SkipTokens, router_rows
 from zoo.models.parts.layers.plan import Step
 from zoo.models.parts.layers.stack import Stack
 
@@ -60,8 +54,8 @@ def unpadded(row, length, total=TOTAL):
     return Stream(hidden, tokens, int(tokens.modality.sum())), kept
 
 
-def close(got, want):
-    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * float(np.abs(want).max()))
+def close(got, want, bound=2e-5):
+    np.testing.assert_allclose(got, want, rtol=0, atol=bound * float(np.abs(want).max()))
 
 
 PARAMS = drawn(stack_of(TRAIN))
@@ -81,6 +75,17 @@ def test_official_names_of_layers():
     ):
         got = {name: list(GammaMoD(layers=name).chosen(depth)) for name in MODES}
         assert got == want[f"layers_{depth}"]
+
+
+def published_flops(width, mlp_dim, depth, tokens, skipped):
+    """As the published tables count: decoder layers alone, four of them whole, and attention of
+    every token to every token.
+    """
+
+    def layer(n):
+        return 8 * n * width**2 + 4 * n**2 * width + 6 * n * width * mlp_dim
+
+    return 4 * layer(tokens) + (depth - 4) * layer(int(tokens * (1 - skipped)))
 
 
 def test_published_flops():
@@ -189,7 +194,7 @@ def test_without_skipping_and_at_full_weight_it_is_the_plain_layer():
     for config in (dataclasses.replace(TRAIN, ratio=0.0), INFER):
         got, _, aux = jax.jit(stack_of(config).apply)(params, stream)
         np.testing.assert_array_equal(aux[-1]["kept"], valid.sum(-1))
-        close(np.asarray(got.hidden)[valid], np.asarray(want[0].hidden)[valid])
+        close(np.asarray(got.hidden)[valid], np.asarray(want[0].hidden)[valid], 1e-6)
 
 
 @struct.dataclass

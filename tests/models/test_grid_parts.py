@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from tests.models.draw import draw
+from zoo.costing import measure
 from zoo.models.core.keytable import Ignored, Row, Table, norm_rows
 from zoo.models.core.names import tree_names
+from zoo.models.parts.layers.depthwise import Filters, each_filtered
 from zoo.models.parts.layers.embed import check_pixels
 from zoo.models.parts.layers.gates import DropPath, SqueezeExcite, drop_path_stages
 from zoo.models.parts.layers.linear import dense
@@ -255,3 +257,32 @@ def test_tables_with_statistics():
     for given in (state, counted):
         jax.tree.map(np.testing.assert_array_equal, whole.load(given, tree), tree)
     assert any(isinstance(row, Ignored) for row in whole.rows)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sides", "strides", "padding", "dilation", "times"),
+    [
+        ((2, 9, 10, 3), (3, 5), (1, 1), (1, 2), (1, 1), 1),
+        ((2, 9, 10, 3), (3, 3), (2, 2), (1, 1), (1, 1), 2),
+        ((2, 11, 8, 4), (3, 3), (1, 2), (2, 1), (2, 1), 1),
+        ((1, 14, 14, 2), (2, 2), (3, 3), (0, 0), (1, 1), 1),
+        ((1, 5, 6, 7, 2), (3, 3, 3), (1, 2, 1), (1, 1, 1), (1, 1, 1), 2),
+    ],
+)
+def test_channels_filtered_by_taps_are_convolved(shape, sides, strides, padding, dilation, times):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], shape)
+    kernel = jax.random.normal(keys[1], (*sides, 1, shape[-1] * times))
+    filters = Filters(strides, padding, dilation, shape[-1])
+    want, back = jax.vjp(jax.jit(filters), x, kernel)
+    dy = jax.random.normal(keys[2], want.shape)
+    got = jax.jit(filters.by_taps)(x, kernel), *jax.jit(filters.gradients_by_taps)(x, kernel, dy)
+    for ours, theirs in zip(got, (want, *back(dy)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_channels_filtered_alone_count_as_a_convolution():
+    filters = Filters((1, 1), (1, 1), (1, 1), 4)
+    x, kernel = jax.ShapeDtypeStruct((2, 6, 5, 4), "float32"), jnp.ones((3, 3, 1, 4))
+    flops, _ = measure(lambda kernel, x: each_filtered(filters, x, kernel), kernel, x)
+    assert flops.total == flops.weights == 2 * 9 * 2 * 6 * 5 * 4

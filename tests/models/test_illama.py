@@ -17,7 +17,6 @@ from zoo.models.vision.illama import (
     SoftCausalBlock,
     hidden_width,
     selected,
-    soft_mask_rate,
     table,
     weight_selection,
 )
@@ -59,18 +58,6 @@ def test_the_soft_mask():
     np.testing.assert_array_equal(mixed(0.0, later)[0][:, :3], hard[:, :3])
 
 
-def test_the_schedule():
-    steps = np.arange(9)
-    constant = np.array([soft_mask_rate(step, 4) for step in steps])
-    np.testing.assert_array_equal(constant, [1, 1, 1, 1, 0, 0, 0, 0, 0])
-    linear = np.array(jax.vmap(lambda step: soft_mask_rate(step, 4, "linear"))(steps))
-    want = np.concatenate([np.linspace(1, 0, 4), np.zeros(5)])
-    np.testing.assert_allclose(linear, want, atol=1e-6)
-    assert soft_mask_rate(0, 1, "linear") == 1
-    with pytest.raises(ValueError, match="want 'constant' or 'linear'"):
-        soft_mask_rate(0, 4, "cosine")
-
-
 def test_a_rate_is_data_and_images_of_another_size():
     """One program for all rates; dropped paths; a grid of 2 x 6."""
     tower = dataclasses.replace(TINY.tower, drop_path=0.5)
@@ -80,7 +67,7 @@ def test_a_rate_is_data_and_images_of_another_size():
 
     @jax.jit
     def run(rate):
-        return model.apply({"params": params}, {"pixels": images}, taps=(2,), soft_mask=rate)
+        return model.apply({"params": params}, {"pixels": images, SOFT_MASK: rate}, taps=(2,))
 
     @jax.jit
     def trained(key):

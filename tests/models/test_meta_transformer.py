@@ -80,6 +80,32 @@ def test_parameters(name, count):
     assert len(keys) == 12 * config.depth and "0.attn.qkv.weight" in keys
 
 
+KEYS = {
+    "video": {"proj.weight": (16, 3, 2, 4, 4), "proj.bias": (16,)},
+    "audio": {
+        "patch_embed.proj.weight": (16, 1, 8, 8),
+        "patch_embed.proj.bias": (16,),
+        "pos_embed": (1, 8, 16),
+    },
+    "text": {"token_embedding.weight": (20, 12)},
+    "bands": {
+        "patch_to_embedding.weight": (16, 3),
+        "patch_to_embedding.bias": (16,),
+        "cls_token": (1, 1, 16),
+        "pos_embedding": (1, 7, 16),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_keys_of_tokenizers(kind, everything):
+    """Names and shapes of the official classes, there and back; the rest is in the goldens."""
+    params, table = everything[0]["params"][f"tokenizers_{kind}"], tokenizer_table(KINDS[kind][0])
+    state = table.save(params)
+    assert {key: leaf.shape for key, leaf in state.items()} == KEYS[kind]
+    jax.tree.map(np.testing.assert_array_equal, table.load(state, params), params)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens(kind, everything):
     """Of each kind as many as expected, finite; and a batch of that kind alone will do."""
@@ -180,8 +206,8 @@ def test_groups_of_bands():
 def test_bad_settings():
     with pytest.raises(ValueError, match="each kind of data once"):
         MetaTransformerConfig((Pictures(), Pictures(8, 4)))
-    with pytest.raises(UsageError, match="no official file"):
-        tokenizer_table(Video())
+    with pytest.raises(UsageError, match="the tokenizer of graph: no official class"):
+        tokenizer_table(Graphs())
     with pytest.raises(ValueError, match="text_width = 512: want 16"):
         Text().build(16)
     with pytest.raises(ValueError, match="sizes"):

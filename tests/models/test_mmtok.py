@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 
 from tests.conftest import REPO
+from tests.models.draw import draw
 from zoo.models.core import registry
 from zoo.models.core.types import Features
 from zoo.models.parts.reduce.base import Seen, Text
+from zoo.models.parts.reduce.report import seen_cells
+from zoo.models.parts.reduce.station import shown_tokens
 from zoo.models.reduction.mmtok import MMTok, coverage, keywords, padding, pick
+from zoo.processors.pixels import shown_in_square
 
 RECORDED = json.loads((REPO / "tests/goldens/mmtok/text_and_padding.json").read_text("utf-8"))
 
@@ -30,6 +34,33 @@ def test_patches_of_padding(size, facts):
     found = padding(tuple(map(int, size.strip("()").split(",")))).tolist()
     assert len(found) == facts[2]
     assert ([found[0], found[-1]] if found else [None, None]) == facts[:2]
+
+
+@pytest.mark.parametrize("size", [(480, 640), (640, 480), (1000, 90), (336, 336)])
+def test_padding_of_a_batch(size):
+    """Where pictures lie in their squares, as processors say it, is where no padding is."""
+    boxes = jnp.asarray([[shown_in_square(size[::-1], 336)]], jnp.int32)
+    seen = shown_tokens(boxes, (24, 24), 14)[0, 0]
+    assert sorted(padding(size).tolist()) == np.flatnonzero(~np.asarray(seen)).tolist()
+
+
+def test_no_padding_is_kept():
+    """A wide picture in a square: its two rows in the middle are left, fewer than may be kept."""
+    config = registry.config("llava_tiny", reducer="mmtok", keep=12)
+    model, shapes = config.build(), config.inputs(2)
+    params = draw(jax.eval_shape(model.init, jax.random.key(0), shapes)["params"])
+    side = config.tower.image_size
+    ids = np.full(shapes["ids"].shape, 5, np.int32)
+    ids[:, 1] = config.image_id
+    batch = {
+        "pixels": np.random.default_rng(0).normal(size=shapes["pixels"].shape).astype(np.float32),
+        "ids": ids,
+        "shown": np.array([[[side // 4, 0, 3 * side // 4, side]], [[0, 0, side, side]]], np.int32),
+    }
+    stream = jax.jit(lambda p, b: model.apply({"params": p}, b, None, method="stream")[0])
+    wide, whole = seen_cells(stream(params, batch).tokens)
+    assert sorted(wide[wide >= 0].tolist()) == list(range(4, 12))
+    assert (whole >= 0).sum() == 12
 
 
 def test_every_patch_of_padding():

@@ -17,7 +17,7 @@ from tests.models.test_systems import random_batch, shapes
 from zoo.models.connectors.mqt import MQT
 from zoo.models.core import registry
 from zoo.models.core.types import KV, Reserve, Stream, take
-from zoo.models.decoders.p_mod import MoD, PMoD, Router, num_kept
+from zoo.models.decoders.p_mod import MoD, PMoD, num_kept
 from zoo.models.parts.layers.plan import layers
 from zoo.models.parts.layers.stack import Stack
 from zoo.models.parts.reduce.report import kept_by_cell
@@ -299,10 +299,15 @@ def test_text_alone_is_the_dense_decoder(case):
     close(got.hidden, want.hidden, 1e-6)
 
 
-def test_routers_start_at_zero():
-    router = Router(True).init(jax.random.key(0), jnp.ones((1, 2, 16)))["params"]
-    assert [leaf.shape for leaf in jax.tree.leaves(nn.unbox(router))] == [(1,), (16, 1)]
-    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(nn.unbox(router)))
+@pytest.mark.parametrize("zero_init", [True, False])
+def test_how_routers_start(zero_init):
+    """At zero, or uniformly within one over the root of the width; their bias at zero."""
+    stack = Stack(PMoD(zero_init=zero_init).apply(DENSE, slots=toy.SLOTS))
+    router = stack.steps[-1].policies[0].module(toy.BLOCK)
+    params = nn.unbox(jax.jit(router.init)(jax.random.key(0), jnp.ones((1, 2, 16))))["params"]
+    kernel, bias = (np.asarray(params["out"][leaf]) for leaf in ("kernel", "bias"))
+    assert kernel.shape == (16, 1) and bias.shape == (1,) and not bias.any()
+    assert not kernel.any() if zero_init else 0.15 < np.abs(kernel).max() <= 0.25
 
 
 def test_gradients_reach_the_routers():

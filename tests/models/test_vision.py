@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from zoo.bench_vision import main
+from zoo.bench_vision import Speed, backbones, main
 from zoo.costing import cost
 from zoo.models.core import registry
 from zoo.models.core.errors import UsageError
@@ -67,6 +67,7 @@ COUNTS = {
     "vitamin_l.256": 333_380_256,
     "vitamin_l.336": 333_569_696,
     "vitamin_l.384": 333_707_936,
+    "vitamin_l2": 333_581_216,
     "vitamin_xl.256": 436_055_232,
     "vitamin_xl.384": 436_055_232,
     "fastvlm_encoder": 122_714_208,
@@ -118,6 +119,8 @@ GMACS = {
     "vitamin_s": 5.89,
     "vitamin_b": 22.6,
     "vitamin_l": 74.9,
+    "vitamin_l.256": 98.8,
+    "vitamin_l.336": 175.4,
     "vitamin_l.384": 234.1,
     "vitamin_xl.256": 129.9,
     "vitamin_xl.384": 306.0,
@@ -166,6 +169,20 @@ def test_cost_of_a_classifier():
     assert found.activation_bytes > 2 * 64 * 8 * 4
     with pytest.raises(UsageError, match="reads no text"):
         cost("swin_tiny", text_tokens=4)
+
+
+def test_bench_of_all(capsys, monkeypatch):
+    """By default an encoder of every system, a line for each with all that is measured."""
+    monkeypatch.setattr(
+        "zoo.bench_vision.measure", lambda name, **_: Speed(name, 1_234, 5.6, 7.8, 9.1, 23.4, 567.0)
+    )
+    main([])
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(backbones())
+    assert {"swin_t", "fastvlm_encoder", "s2_clip_l14_336"} <= set(backbones())
+    columns = ("parameters", "GFLOPs", "activations", "images/s", "peak", "compiled in")
+    assert " ".join(header.split()) == " ".join(("model", *columns))
+    assert " ".join(lines[0].split()[1:]) == "1,234 5.60 7.8 MiB 23.4 567 MiB 9.1 s"
 
 
 def test_bench(capsys, tmp_path):

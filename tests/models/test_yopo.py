@@ -114,6 +114,16 @@ def test_vision_leaves_the_sequence():
     assert np.abs(text_of(out) - text_of(stays)).max() > 1e-4  # the denominators
 
 
+def test_a_budget_is_a_number_of_layers():
+    """Two of three layers run 8 of 12 tokens on the mean; all tokens are the plain decoder."""
+    plan = (Step(toy.BLOCK),) * DEPTH
+    want = Yopo(mlp_ratio=2, layers=2, drop=True).apply(plan, slots=12)
+    for keep in (8, 0.6):
+        assert Yopo(mlp_ratio=2, keep=keep).apply(plan, slots=12) == want
+    for keep in (12, 1.0):
+        assert Yopo(mlp_ratio=2, keep=keep).apply(plan, slots=12) == plan
+
+
 def test_calibration():
     """With equal attention to all that is seen, what is paid to vision is known."""
     layers = dict(PARAMS["params"]["layers"])
@@ -168,6 +178,8 @@ def test_parameters():
         ({"layers": 0}, "layers = 0: want"),
         ({"drop": True}, "drop: want"),
         ({"grid": (0, 4)}, "want rows and columns"),
+        ({"keep": 0.5, "layers": 2}, "want either this or"),
+        ({"keep": (0.5, 0.2)}, "one stage"),
     ],
 )
 def test_bad_fields(fields, message):
@@ -179,6 +191,7 @@ def test_what_does_not_fit_the_decoder():
     bad = {
         "make no square": Yopo(window=3),
         "layers = 9: the decoder has 3": Yopo(layers=9),
+        "there are 12 tokens": Yopo(keep=13),
         "heads of 2 layers": Yopo(heads=HEADS[:2]),
         "heads of layer 0: 3": Yopo(heads=head_mask(np.ones((3, 3)))),
     }

@@ -10,8 +10,10 @@ from tests.models.draw import draw
 from tests.processors.test_hub import DECODER, LLAVA, PICTURE, TOWER, write_checkpoint
 from zoo.loaded import Loaded
 from zoo.models.core.errors import UsageError, ZooError
+from zoo.models.core.types import Reserve
 from zoo.models.parts.assemblies.dual import DualConfig
 from zoo.models.parts.reduce.base import Reducer
+from zoo.models.parts.reduce.report import seen_cells
 from zoo.models.parts.text.clip import TextConfig
 from zoo.models.reduction.mmtok import MMTok
 from zoo.models.reduction.recoverable_compression import RecoverableCompression
@@ -53,6 +55,7 @@ def test_the_question_is_found(loaded, reduced):
     assert guided(loaded, batch).strip() == "which dog?"
     assert guided(loaded, batch, 1).strip() == "is it <turn> then?"
     assert batch["guide"].shape == batch["ids"].shape
+    assert batch["shown"].tolist() == [[[0, 0, 28, 28]]] * 2  # this processor crops
     one = reduced.encode(PICTURE, "o")  # which other words have too
     assert one["guide"].sum() == 1
     plain = loaded.encode(PICTURE, "  which dog? ")
@@ -104,11 +107,48 @@ def test_a_vector_of_the_question(loaded, tmp_path):
     assert np.abs(batch["guide_vector"][0] - batch["guide_vector"][1]).max() > 1e-3
 
 
+def left(model, batch):
+    """The vision tokens that leave the decoder."""
+
+    def look(module, batch):
+        stream, memory = module.stream(batch, None)
+        return module.decoder.run(stream, Reserve(), memory)[0].tokens
+
+    run = jax.jit(lambda params, batch: model.model.apply({"params": params}, batch, method=look))
+    return [sorted(row[row >= 0].tolist()) for row in seen_cells(run(model.params, batch))]
+
+
+@pytest.mark.parametrize("method", ["mmtok", "fastv"])
+def test_a_second_question_about_what_the_first_has_chosen(loaded, method):
+    """By its own question, or by the first: then the same tokens as when that was alone."""
+    model = loaded.with_(reducer=method, keep=2)
+    talk = [TALK[0], {"role": "model", "content": "no"}, TALK[2]]
+    alone, anew = model.encode(PICTURE, talk[:1]), model.encode(PICTURE, talk)
+    again = model.encode([PICTURE] * 2, [talk, "a cat?"], guide="first")
+    want = alone["text_mask"] & alone.get("guide", True)
+    np.testing.assert_array_equal(again["ids"][again["guide"]], np.tile(alone["ids"][want], 2))
+    assert not np.array_equal(anew.get("guide"), again["guide"][:1])
+    [first] = left(model, alone)
+    assert len(first) == 2 and left(model, again) == [first] * 2
+
+
+def test_where_pictures_lie_in_squares(tmp_path):
+    """With two prompts, of which one shows a picture less."""
+    facts = {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    processor = load_processor(write_checkpoint(tmp_path, **facts), LLAVA)
+    given = [[PICTURE, PICTURE.swapaxes(0, 1)], PICTURE]
+    batch = processor.encode_prompt(given, ["a?", "b?"], reducer=MMTok(2))
+    tall, wide, whole = [0, 3, 28, 24], [3, 0, 24, 28], [0, 0, 28, 28]
+    assert batch["shown"].tolist() == [[tall, wide], [tall, whole]]
+    assert "shown" not in processor.encode_prompt(PICTURE, "a?", reducer=Reducer(2))
+
+
 def test_models_that_were_trained_here(tmp_path):
     processor = Processor(ImageProcessor(28), Tokenizer.train(["which digit?"], 300), 20, 2)
     batch = processor.encode_prompt([(PICTURE, PICTURE), None], ["which?", "a"], reducer=MMTok(2))
     words = [list(processor.tokenizer.encode(" " + text)) for text in ("which?", "a")]
     assert [row[kept].tolist() for row, kept in zip(batch["ids"], batch["guide"])] == words
+    assert batch["shown"][0].tolist() == [[0, 3, 28, 24]] * 2  # in the middle of a square
     plain = processor.encode_prompt(PICTURE, "which?", reducer=Reducer(2))
     assert "guide" not in plain
     with pytest.raises(UsageError, match="asks none"):

@@ -93,6 +93,7 @@ def test_one_bit_pictures_are_black_and_white():
     expected = (bits[..., None] * np.uint8(255)).repeat(3, -1)
     assert np.array_equal(read_image(encoded(Image.fromarray(bits), "png")), expected)
     assert np.array_equal(read_image(bits), expected)
+    assert np.array_equal(read_image(np.stack([bits] * 3, -1)), expected)
 
 
 @pytest.mark.parametrize("form", ["png", "tiff", "ppm"])

@@ -26,7 +26,7 @@ from zoo.train.parts import assigned
 from zoo.train.recipe import train_recipe
 from zoo.train.setup import Setup
 
-LARGE = ("mqt_llava", "p_mod_llava", "gamma_mod_llava", "deepstack_llava")
+LARGE = ("mqt_llava", "p_mod_llava", "p_mod_llava_next", "gamma_mod_llava", "deepstack_llava")
 TINY = ("mqt_tiny", "p_mod_tiny", "gamma_mod_tiny", "deepstack_tiny")
 OBJECTIVES = ("lora_tiny", "distill_tiny", "prefer_tiny")
 
@@ -50,7 +50,10 @@ def sources():
     }
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.thorough] * ("next" in name)) for name in LARGE],
+)
 def test_the_stages_of_llava_fit_together(name, sources):
     recipe = find(name)
     assert isinstance(recipe, Recipe)
@@ -70,7 +73,7 @@ def test_the_stages_of_llava_fit_together(name, sources):
         found = {path.split("/")[0] for path, i in owner.items() if stage.parts[i].frozen}
         assert found == frozen
         slots = stage.model.slots
-        assert stage.model.inputs(1)["ids"].shape[1] + slots - 1 == 2048
+        assert stage.model.inputs(1)["ids"].shape[1] + slots - 1 == (2048 if slots < 2048 else 4096)
         assert stage.model.decoder.dtype == stage.model.tower.dtype == "bfloat16"
         assert stage.model.decoder.remat == "full"
 
@@ -80,7 +83,7 @@ def test_hyperparameters_are_those_of_the_papers():
         align, instruct = find(name).stages
         assert (align.optim.lr, align.batch_size, align.steps) == (1e-3, 256, 2180)
         epochs = 2 if name == "mqt_llava" else 1
-        steps = epochs * 665_298 // 128
+        steps = epochs * (779_289 if "next" in name else 665_298) // 128
         assert (instruct.optim.lr, instruct.batch_size, instruct.steps) == (2e-5, 128, steps)
         for stage in (align, instruct):
             assert stage.optim.schedule == "cosine"

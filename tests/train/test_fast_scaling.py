@@ -8,6 +8,8 @@ import pytest
 
 from tests.conftest import REPO
 from zoo.cli import count_parameters
+from zoo.configs.fast_scaling_digits import SCALE, SMALL
+from zoo.configs.fast_scaling_digits import config as recipe
 from zoo.models.core.registry import config, create
 from zoo.models.parts.towers.regnet import RegNetConfig
 from zoo.train.recipes.fast_scaling import (
@@ -102,6 +104,13 @@ def test_activations_grow_with_the_root():
 def test_the_factors_multiply_to_the_scale(scale, rule):
     f = factors(scale, rule)
     assert f.depth * f.width**2 * f.resolution**2 == pytest.approx(scale)
+
+
+def test_the_recipe_trains_a_scaled_network():
+    """About as many FLOPs as asked for: small widths are rounded by much."""
+    before, after = complexity(SMALL), complexity(recipe().model.tower)
+    assert 0.6 * SCALE < after.flops / before.flops < 1.6 * SCALE
+    assert after.acts / before.acts < 0.7 * SCALE
 
 
 def test_groups_alone():

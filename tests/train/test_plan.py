@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.train.tiny import tiny
+from tests.train.tiny import tiny, tiny_recipe
 from zoo.cli import main
 from zoo.costing import program_flops
 from zoo.models.base import llava
@@ -16,6 +16,7 @@ from zoo.models.core.errors import UsageError
 from zoo.train.mesh import MeshConfig, make_mesh
 from zoo.train.objectives import NextToken
 from zoo.train.plan import CHIPS, Chip, Topology, plan, topology
+from zoo.train.plan.cli import stage_of
 from zoo.train.plan.collectives import by_kind, traffic
 from zoo.train.plan.plan import needed, traced_step, without_waste
 from zoo.train.plan.suggest import candidates, flags, suggest
@@ -29,7 +30,7 @@ def test_what_a_program_sends():
     assert found == {
         ("all-gather", ("fsdp",)): 7 * (8 * 4 * 2) * 3 // 4,  # in two parts, and two loops
         ("all-reduce", ("data",)): 7 * 2 * (16 + 4) * 4 // 2,
-        ("reduce-scatter", ("fsdp",)): 3 * 4 * 3,
+        ("reduce-scatter", ("fsdp",)): 3 * 4 * 3 + 4 * 4 * 3,  # one of them summed and cut
         ("all-gather", ("data", "fsdp")): 16 * 4 * 7 // 8,
         ("all-to-all", ("fsdp",)): 4 * 4 // 2,
         ("collective-permute", ("data",)): 8 * 4,
@@ -78,9 +79,9 @@ def test_bounds_follow_from_what_is_done(planned):
 
 
 def test_what_is_computed_twice_counts_twice_but_is_no_use():
-    # Traced and not compiled: a deeper model for one device.
-    def flops(experiment):
-        mesh = make_mesh(experiment.mesh, jax.devices("cpu")[:1])
+    # Traced and not compiled: a deeper model.
+    def flops(experiment, devices=1):
+        mesh = make_mesh(experiment.mesh, jax.devices("cpu")[:devices])
         return program_flops(traced_step(experiment, mesh)[1].jaxpr)
 
     model = llava.VARIANTS["llava_tiny"]
@@ -90,6 +91,9 @@ def test_what_is_computed_twice_counts_twice_but_is_no_use():
     )
     assert 1.2 * flops(plain) < flops(twice) < 1.4 * flops(plain)
     assert flops(without_waste(twice)) == flops(plain)
+    # Attention and loss are programs of one device there; what all do is counted.
+    divided = dataclasses.replace(plain, mesh=MeshConfig(data=1, fsdp=4, seq=2))
+    assert flops(divided, 8) == flops(plain)
 
 
 def test_it_says_what_to_change_where_it_does_not_fit(eight):
@@ -158,6 +162,14 @@ def test_the_command_prints_the_facts(file, capsys):
     assert facts["step_seconds_bound"] is facts["mfu_bound"] is None
 
 
+def test_of_a_recipe_one_stage_is_planned():
+    recipe = tiny_recipe()
+    assert stage_of(recipe, None) is recipe.stages[1]
+    assert stage_of(recipe, "align") is recipe.stages[0]
+    with pytest.raises(UsageError, match="--stage other: tiny has the stages align, instruct"):
+        stage_of(recipe, "other")
+
+
 def test_a_table_for_people_and_advice(file, capsys, monkeypatch):
     monkeypatch.setattr(Topology, "hbm", 1 << 10)
     assert main(["plan", file, "--topology", "cpu:2", "--mesh=fsdp=2", "--batch-size", "2"]) == 1
@@ -178,6 +190,7 @@ def test_a_table_for_people_and_advice(file, capsys, monkeypatch):
         ("--topology cpu:8 --mesh fsdp=3", "does not cover 8 devices"),
         ("--topology cpu:8 --mesh fsdp", "--mesh fsdp: want axes and sizes"),
         ("--topology cpu:8 --batch-size 12", "batch_size is 12: want a multiple of 8"),
+        ("--topology cpu:8 --stage align", "tiny is one experiment, and has no stages"),
     ],
 )
 def test_wrong_use_is_told(flags, message, file, capsys):

@@ -81,7 +81,11 @@ def test_log_probabilities_of_sequences_by_hand():
     wanted = [sum(logp[b, t, n] for t, n in enumerate(label[b]) if n != IGNORE) for b in range(3)]
     for chunk in (None, 3):
         sums, counts = sequence_logps(
-            lambda x: x @ table.astype(np.float32), hidden.astype(np.float32), label, chunk
+            lambda table, x: x @ table,
+            table.astype(np.float32),
+            hidden.astype(np.float32),
+            label,
+            chunk,
         )
         np.testing.assert_allclose(sums, wanted, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(counts, (label != IGNORE).sum(1))

@@ -7,13 +7,17 @@ import numpy as np
 import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import NamedSharding
 
 from tests.train.tiny import TinyConfig, TinyModel, tiny
 from zoo.models.core.errors import UsageError
+from zoo.models.core.names import spec_for
 from zoo.train.config import Faults
 from zoo.train.mesh import MeshConfig, batch_sharding, check_batch_size, make_mesh, put_batch
 from zoo.train.objectives import Mean, NextToken
+from zoo.train.objectives.lm import _sums, sequence_logps
 from zoo.train.optim import OptimConfig, learning_rate, make_optimizer
+from zoo.train.plan.collectives import traffic
 from zoo.train.state import abstract_state, boxed_params, initial_state, state_bytes
 from zoo.train.step import make_train_step
 
@@ -293,6 +297,49 @@ def test_chunked_logits_are_never_whole(monkeypatch):
     assert most(NextToken(chunk=6)) == whole // 4
     monkeypatch.setattr("zoo.train.objectives.chunks.WHOLE_LOGITS", 320 * 6)
     assert most(NextToken()) == whole // 4
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 2, "fsdp": 4},
+        {"data": 1, "fsdp": 2, "tensor": 2, "seq": 2},
+        {"data": 1, "expert": 4, "seq": 2},
+    ],
+    ids=lambda sizes: "-".join(sizes),
+)
+def test_each_device_computes_the_logits_of_its_own_tokens(sizes):
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((8, 96, 8)).astype(np.float32)
+    label = np.where(rng.random((8, 96)) < 0.3, rng.integers(0, 64, (8, 96)), -100)
+    table = rng.standard_normal((64, 8)).astype(np.float32)
+
+    def run(chunk, lies=None):
+        def loss(table, hidden, label):
+            found = _sums(lambda table, x: x @ table.T, table, hidden, label, chunk)
+            rows = sequence_logps(lambda table, x: x @ table.T, table, hidden, label, chunk)
+            total = found.cross_entropy + 0.1 * found.squared_normaliser
+            return total + (rows[0] * jnp.arange(8)).sum(), (found.right, rows)
+
+        step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), in_shardings=lies)
+        compiled = step.lower(table, hidden, label).compile()
+        return compiled(table, hidden, label), compiled.as_text()
+
+    wanted, _ = run(96)
+    mesh = make_mesh(MeshConfig(**sizes))
+    with jax.set_mesh(mesh):
+        names = {(64, 8): ("vocab", "vocab_embed"), (8, 96, 8): ("batch", "seq", None)}
+        lies = [NamedSharding(mesh, spec_for(n, shape, mesh)) for shape, n in names.items()]
+        lies.append(NamedSharding(mesh, spec_for(("batch", "seq"), (8, 96), mesh)))
+        found, text = run(16, tuple(lies))
+        sent = traffic(text, dict(mesh.shape))
+        more = traffic(run(32, tuple(lies))[1], dict(mesh.shape))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), found, wanted)
+    # The table, and its gradient, are sent twice, once for each of the losses, whatever the number
+    # of chunks; hidden states, twelve times as large, are not.
+    assert sent == more
+    between = {axes: n for (_, axes), n in sent.items() if "tensor" not in axes}
+    assert sum(between.values()) < 2 * 3 * table.nbytes + 1024
 
 
 def test_the_z_loss_is_that_of_the_normaliser(reporting):

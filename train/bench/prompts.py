@@ -19,7 +19,9 @@ from zoo.models.core import registry
 from zoo.models.core.config import ModelConfig
 from zoo.models.core.errors import UsageError
 from zoo.models.core.types import Batch
+from zoo.models.parts.assemblies.qwen_vl import QwenVLConfig
 from zoo.processors.chat import prompt
+from zoo.processors.native import NativeSpec
 from zoo.train.cli import find
 from zoo.train.config import Experiment
 from zoo.train.data.pipeline import Questions
@@ -92,7 +94,8 @@ def made_up(loaded: Loaded, *, batch: int, number: int = 1, seed: int = 0) -> li
     inputs of the shapes that it names.
 
     Raises:
-      UsageError: a model without a tokenizer whose inputs are of another form than LLaVA's.
+      UsageError: a model without a tokenizer whose inputs are of another form than LLaVA's or
+        Qwen-VL's.
     """
     rng = np.random.default_rng(seed)
     every, answers = np.ones(batch, bool), ("",) * batch
@@ -115,6 +118,8 @@ def _picture(rng: np.random.Generator) -> np.ndarray:
 def _inputs(config: Any, batch: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Random inputs of the shapes that a configuration names."""
     made: dict[str, np.ndarray] = {}
+    if isinstance(config, QwenVLConfig):
+        return _native(config, batch, rng)
     for name, spec in config.inputs(batch).items():
         if name in ("pixels", "crops"):
             made[name] = rng.normal(size=spec.shape).astype(np.float32)
@@ -140,6 +145,16 @@ def _inputs(config: Any, batch: int, rng: np.random.Generator) -> dict[str, np.n
                 "checkpoint with a tokenizer"
             )
     return made
+
+
+def _native(config: QwenVLConfig, batch: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A random picture of the size that a configuration names in each of some random texts."""
+    spec, shape = NativeSpec.of(config), (1, config.image_size, config.image_size, 3)
+    placeholders = config.image_id, config.video_id
+    ids = rng.integers(0, min(placeholders), (batch, config.text_tokens))
+    ids[:, 1] = config.image_id
+    seen = [[spec.picture(rng.normal(size=shape).astype(np.float32))] for _ in range(batch)]
+    return spec.batch(ids.tolist(), seen, placeholders=placeholders, pad=0)
 
 
 def as_keeps(text: str) -> tuple[int | float, ...]:

@@ -175,8 +175,9 @@ def _measured(
     """The figures of a model whose prompts are read."""
     batch = _given(asked[0])
     step = _stepping(model, program, batch)
-    rows, length = batch["ids"].shape
-    counted = cost(model.config, text_tokens=length - _placeholders(model, batch), dtype="float32")
+    rows = len(batch["ids"])
+    one = {n: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for n, x in batch.items()}
+    counted = cost(model.config, inputs=one, dtype="float32")
     memory = program.memory_analysis()
     parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
     expected = np.exp(reference.logp)
@@ -276,12 +277,6 @@ def _given(asked: Asked) -> dict[str, Any]:
     """What the model reads of a batch."""
     left_out = ("labels", "segments")
     return {name: jnp.asarray(x) for name, x in asked.batch.items() if name not in left_out}
-
-
-def _placeholders(model: Loaded, batch: Batch) -> int:
-    """Placeholders of a row; the last of them may stand in the padding."""
-    config: Any = model.config
-    return int((np.asarray(batch["ids"][0]) == getattr(config, "image_id", -1)).sum())
 
 
 def _seconds(program: Any, *args: Any) -> float:

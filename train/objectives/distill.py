@@ -13,7 +13,7 @@ from flax import struct
 from flax.errors import FlaxError
 from jax.sharding import Mesh
 
-from zoo.convert.place import abstract_params, as_float, cast_to
+from zoo.convert.place import abstract_variables, apart, as_float, cast_to, together
 from zoo.loading import config_of, load
 from zoo.models.core.config import ModelConfig
 from zoo.models.core.errors import UsageError
@@ -28,7 +28,7 @@ from zoo.train.objectives.base import (
     applied,
 )
 from zoo.train.objectives.chunks import chunk_of, in_chunks
-from zoo.train.objectives.lm import reported
+from zoo.train.objectives.lm import head_of, reported
 
 Divergence = Literal["forward", "reverse", "jsd"]
 
@@ -79,21 +79,26 @@ class Distill(Objective):
         as_float(self.dtype)
 
     def init(self, model: nn.Module, variables: Variables, inputs: Batch) -> dict[str, Any]:
-        """A place for the teacher's parameters.
+        """A place for the teacher's parameters, and its running statistics if it keeps some.
 
         Raises:
           UsageError: it cannot read the model's batches, or has another vocabulary.
         """
         config = _config(self.teacher, self.dtype)
-        boxed = abstract_params(config)
         target = as_float(self.dtype)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, cast_to(leaf.dtype, target)), boxed)
-        self._check(config, nn.unbox(zeros), model, variables, inputs)
-        return {"teacher": zeros}
+
+        def zeros(leaf: Any) -> Array:
+            return jnp.zeros(leaf.shape, cast_to(leaf.dtype, target))
+
+        params, stats = apart(abstract_variables(config))
+        places = together(jax.tree.map(zeros, params), jax.tree.map(jnp.zeros_like, stats))
+        self._check(config, _variables(nn.unbox(places)), model, variables, inputs)
+        return {"teacher": places}
 
     def load(self, mesh: Mesh) -> dict[str, Any]:
-        """The teacher's parameters, divided among the devices as its axes say."""
-        return {"teacher": load(self.teacher, mesh=mesh, dtype=self.dtype).params}
+        """The teacher's variables, divided among the devices as its axes say."""
+        teacher = load(self.teacher, mesh=mesh, dtype=self.dtype)
+        return {"teacher": together(teacher.params, teacher.stats)}
 
     def loss(
         self,
@@ -109,17 +114,16 @@ class Distill(Objective):
         """The loss; the divergence alone, the cross-entropy with the labels, and the accuracy."""
         out, carried = applied(model, variables, batch, train=train, key=key)
         teacher = _config(self.teacher, self.dtype).build()
-        known = {"params": jax.lax.stop_gradient(aux["teacher"])}
+        known = _variables(jax.lax.stop_gradient(aux["teacher"]))
         shown = teacher.apply(known, batch)
         count = min(batch["labels"].shape[1], out.hidden.shape[1], shown.hidden.shape[1])
         hidden, label = labelled(out, count)
         theirs, _ = labelled(shown, count)
 
-        def head(hidden: Array) -> Array:
-            return model.apply(variables, hidden, method="head")
+        head, their_head = head_of(model), head_of(teacher)
 
-        def sums(hidden: Array, theirs: Array, label: Array) -> _Sums:
-            logits, wanted = head(hidden), teacher.apply(known, theirs, method="head")
+        def sums(both: tuple[Any, Any], hidden: Array, theirs: Array, label: Array) -> _Sums:
+            logits, wanted = head(both[0], hidden), their_head(both[1], theirs)
             learned = label != IGNORE
             safe = jnp.where(learned, label, 0)
             each = divergence(
@@ -133,8 +137,8 @@ class Distill(Objective):
                 right.sum(dtype=jnp.float32),
             )
 
-        chunk = chunk_of(head, hidden, self.chunk)
-        found = in_chunks(sums, (hidden, theirs, label), (0, 0, IGNORE), chunk)
+        chunk = chunk_of(head, variables, hidden, self.chunk)
+        found = in_chunks(sums, (variables, known), (hidden, theirs, label), (0, 0, IGNORE), chunk)
         weight = (label != IGNORE).sum(dtype=jnp.float32)
         total = found.divergence + self.labels * found.cross_entropy
         metrics = {
@@ -145,7 +149,7 @@ class Distill(Objective):
         return {"loss": Mean(total, weight), **reported(out)}, metrics, carried
 
     def _check(
-        self, config: ModelConfig, params: Any, model: nn.Module, variables: Any, inputs: Batch
+        self, config: ModelConfig, teacher: Any, model: nn.Module, variables: Any, inputs: Batch
     ) -> None:
         """Raise UsageError unless teacher and model read the same batches and vocabulary."""
 
@@ -154,9 +158,7 @@ class Distill(Objective):
             return model.apply(variables, hidden[:, :1], method="head")
 
         try:
-            theirs = jax.eval_shape(
-                functools.partial(logits, config.build()), {"params": params}, inputs
-            )
+            theirs = jax.eval_shape(functools.partial(logits, config.build()), teacher, inputs)
         except (ValueError, KeyError, AttributeError, FlaxError) as error:
             raise UsageError(
                 f"the teacher {self.teacher} cannot read the batches of the model: {error}"
@@ -218,6 +220,12 @@ def labelled(out: Output, count: int) -> tuple[Array, Array]:
     label = out.tokens.tags["label"]
     order = jnp.argsort(label == IGNORE, axis=1, stable=True)[:, :count]
     return take((out.hidden, label), order)
+
+
+def _variables(teacher: Any) -> Variables:
+    """What a module is applied to, from the tree that `zoo.convert.place.together` makes."""
+    params, stats = apart(teacher)
+    return {"params": params, "stats": stats} if stats else {"params": params}
 
 
 @functools.lru_cache(maxsize=4)

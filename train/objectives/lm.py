@@ -1,6 +1,6 @@
 """Next-token prediction, with elastic numbers of vision tokens where the model has them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from zoo.train.objectives.base import (
     Variant,
     applied,
 )
-from zoo.train.objectives.chunks import chunk_of, in_chunks
+from zoo.train.objectives.chunks import Head, chunk_of, in_chunks
 
 _DRAWN = "drawn"
 """The variant of a step that draws its budget from its key, which is the same on every host."""
@@ -86,11 +86,8 @@ class NextToken(Objective):
             budget["budget"] = jax.random.choice(key, jnp.asarray(self.budgets))
         out, carried = applied(model, variables, batch, train=train, key=key, **budget)
 
-        def head(hidden: Array) -> Array:
-            return model.apply(variables, hidden, method="head")
-
         label = out.tokens.tags["label"]  # [B, L], that of the next token
-        sums = _sums(head, out.hidden, label, self.chunk)
+        sums = _sums(head_of(model), variables, out.hidden, label, self.chunk)
         weight = (label != IGNORE).sum(dtype=jnp.float32)
         terms = {"loss": Mean(sums.cross_entropy, weight)}
         if self.z_loss:
@@ -108,11 +105,16 @@ class _Sums:
     right: Array
 
 
-def _sums(head: Callable[[Array], Array], hidden: Array, label: Array, chunk: int | None) -> _Sums:
+def head_of(model: nn.Module) -> Head:
+    """The map from variables and hidden states to the logits of a model."""
+    return lambda variables, hidden: model.apply(variables, hidden, method="head")
+
+
+def _sums(head: Head, variables: Any, hidden: Array, label: Array, chunk: int | None) -> _Sums:
     """What the logits of hidden states [B, L, D] and their labels [B, L] come to."""
 
-    def of(hidden: Array, label: Array) -> _Sums:
-        logits = head(hidden)  # [B, L, V]
+    def of(variables: Any, hidden: Array, label: Array) -> _Sums:
+        logits = head(variables, hidden)  # [B, L, V]
         learned = label != IGNORE
         safe = jnp.where(learned, label, 0)
         each = optax.softmax_cross_entropy_with_integer_labels(logits, safe)
@@ -124,17 +126,18 @@ def _sums(head: Callable[[Array], Array], hidden: Array, label: Array, chunk: in
             right.sum(dtype=jnp.float32),
         )
 
-    chunk = chunk_of(head, hidden, chunk)
-    return in_chunks(of, (hidden, label), (0, IGNORE), chunk)
+    chunk = chunk_of(head, variables, hidden, chunk)
+    return in_chunks(of, variables, (hidden, label), (0, IGNORE), chunk)
 
 
 def sequence_logps(
-    head: Callable[[Array], Array], hidden: Array, label: Array, chunk: int | None = None
+    head: Head, variables: Any, hidden: Array, label: Array, chunk: int | None = None
 ) -> tuple[Array, Array]:
     """Log-probabilities of the labels of each row, summed, and how many there are.
 
     Args:
-      head: hidden states to logits.
+      head: variables and hidden states to logits.
+      variables: what it reads.
       hidden: [B, L, D].
       label: [B, L], `IGNORE` where there is none.
       chunk: as in `NextToken`.
@@ -143,14 +146,15 @@ def sequence_logps(
       float32 [B] each.
     """
 
-    def of(hidden: Array, label: Array) -> tuple[Array, Array]:
+    def of(variables: Any, hidden: Array, label: Array) -> tuple[Array, Array]:
         learned = label != IGNORE
         safe = jnp.where(learned, label, 0)
-        each = -optax.softmax_cross_entropy_with_integer_labels(head(hidden), safe)
+        logits = head(variables, hidden)
+        each = -optax.softmax_cross_entropy_with_integer_labels(logits, safe)
         return jnp.where(learned, each, 0).sum(1), learned.sum(1, dtype=jnp.float32)
 
-    chunk = chunk_of(head, hidden, chunk)
-    return in_chunks(of, (hidden, label), (0, IGNORE), chunk)
+    chunk = chunk_of(head, variables, hidden, chunk)
+    return in_chunks(of, variables, (hidden, label), (0, IGNORE), chunk)
 
 
 def reported(out: Output) -> dict[str, Mean]:

@@ -21,7 +21,7 @@ from zoo.train.objectives.base import (
     Variant,
     applied,
 )
-from zoo.train.objectives.lm import reported, sequence_logps
+from zoo.train.objectives.lm import head_of, reported, sequence_logps
 
 Kind = Literal["sigmoid", "hinge", "ipo"]
 
@@ -134,10 +134,8 @@ class Preference(Objective):
         return {"loss": Mean(costs.sum(), weight), **reported(out)}, metrics, carried
 
     def _scores(self, model: nn.Module, variables: Variables, out: Any) -> Scores:
-        def head(hidden: Array) -> Array:
-            return model.apply(variables, hidden, method="head")
-
-        found = sequence_logps(head, out.hidden, out.tokens.tags["label"], self.chunk)
+        label = out.tokens.tags["label"]
+        found = sequence_logps(head_of(model), variables, out.hidden, label, self.chunk)
         (chosen, rejected), lengths = (x.reshape(-1, 2).T for x in found)
         return Scores(chosen, rejected, *lengths)
 

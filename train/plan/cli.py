@@ -1,5 +1,6 @@
 """`zoo plan CONFIG --topology v5p:8x8x8`: what a step needs on devices that need not be there."""
 
+import argparse
 import json
 import os
 import sys
@@ -12,15 +13,16 @@ import tyro
 
 from zoo.models.core.errors import UsageError
 from zoo.train.cli import find
-from zoo.train.config import Experiment
+from zoo.train.config import Experiment, Recipe
 from zoo.train.plan.plan import Plan, plan
 from zoo.train.plan.suggest import flags, suggest
 from zoo.train.plan.topology import topology
 
-_USAGE = """usage: zoo plan CONFIG --topology KIND:SHAPE [--mesh AXIS=N,...] [--json]
-               [--dotted.field VALUE ...]
+_USAGE = """usage: zoo plan CONFIG --topology KIND:SHAPE [--mesh AXIS=N,...] [--stage NAME]
+               [--json] [--dotted.field VALUE ...]
 
-CONFIG and the dotted fields are those of `zoo train`. Topologies are slices of TPUs, such as
+CONFIG and the dotted fields are those of `zoo train`; of a recipe one stage is planned, the last
+one by default, whose fields are meant. Topologies are slices of TPUs, such as
 v5e:16x16, v6e:16x16, v5p:8x8x8 and v4:4x4x4, for which `pip install libtpu` brings the compiler, or
 CPU devices, such as cpu:8. `--mesh fsdp=64,tensor=4` stands for --mesh.fsdp 64 --mesh.tensor 4."""
 
@@ -34,11 +36,13 @@ class Command:
     Attributes:
       experiment: the configuration.
       topology: the devices, such as v5p:8x8x8 or cpu:8.
+      stage: of a recipe, the name of the one that is planned; by default the last.
       json: print one JSON object, and nothing else, to standard output.
     """
 
     experiment: Annotated[Experiment, tyro.conf.arg(name="")]
     topology: str
+    stage: str | None = None
     json: bool = False
 
 
@@ -59,9 +63,19 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _plan(name: str, rest: Sequence[str]) -> int:
-    default = Command(find(name), topology=tyro.MISSING)
+    # First of all, because the other flags are about the fields of the stage.
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--stage")
+    stage = early.parse_known_args(rest)[0].stage
+    default = Command(stage_of(find(name), stage), topology=tyro.MISSING)
     try:
-        command = tyro.cli(Command, default=default, args=_spread(rest), prog=f"zoo plan {name}")
+        command = tyro.cli(
+            Command,
+            default=default,
+            args=_spread(rest),
+            prog=f"zoo plan {name}",
+            config=(tyro.conf.AvoidSubcommands,),  # as `zoo train` has it
+        )
     except ValueError as error:  # from a configuration that refuses its values
         raise UsageError(str(error)) from error
     # Whatever devices this machine has are left alone.
@@ -78,6 +92,22 @@ def _plan(name: str, rest: Sequence[str]) -> int:
     else:
         _note(f"this fits: {flags(experiment, better[0])}\n{_table(better[1])}")
     return 1
+
+
+def stage_of(config: Experiment | Recipe, name: str | None) -> Experiment:
+    """The stage of a recipe that is called so, the last one for None; or the one experiment.
+
+    Raises:
+      UsageError: there is no such stage.
+    """
+    if isinstance(config, Experiment):
+        if name is not None:
+            raise UsageError(f"--stage {name}: {config.name} is one experiment, and has no stages")
+        return config
+    stages = {stage.name: stage for stage in config.stages}
+    if name is not None and name not in stages:
+        raise UsageError(f"--stage {name}: {config.name} has the stages {', '.join(stages)}")
+    return config.stages[-1] if name is None else stages[name]
 
 
 def _note(line: str) -> None:

@@ -37,6 +37,9 @@ _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _CHAINED = "chain_id="
+_SCATTERED = "all-reduce-scatter"
+"""How the compiler for TPUs calls the computations in which a sum is made and cut in one: a device
+sends what a reduce-scatter would send, though an all-reduce stands there."""
 _CONSTANT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 
 
@@ -58,7 +61,7 @@ def traffic(text: str, mesh: Mapping[str, int]) -> Traffic:
     lines = dict(_computations(text))
     bodies = {name: body for name, (body, _) in lines.items()}
     chained: set[str] = set()
-    read = {name: _read(body, bodies, mesh, chained) for name, body in bodies.items()}
+    read = {name: _read(name, body, bodies, mesh, chained) for name, body in bodies.items()}
     totals: dict[str, Counter[tuple[str, Axes]]] = {}
 
     def total(name: str) -> Counter[tuple[str, Axes]]:
@@ -96,11 +99,16 @@ def _computations(text: str) -> Iterator[tuple[str, tuple[list[str], bool]]]:
 
 
 def _read(
-    body: list[str], bodies: Mapping[str, list[str]], mesh: Mapping[str, int], chained: set[str]
+    called: str,
+    body: list[str],
+    bodies: Mapping[str, list[str]],
+    mesh: Mapping[str, int],
+    chained: set[str],
 ) -> _Computation:
     """What stands in a computation.
 
     Args:
+      called: its name.
       body: its instructions.
       bodies: all computations.
       mesh: sizes of its axes.
@@ -122,12 +130,15 @@ def _read(
                     continue
                 chained.add(channel[1])
             axes, ways = _group(rest, mesh)
+            size = _size(shape, name)
+            if kind == "all-reduce" and called.startswith(_SCATTERED):
+                kind, size = "reduce-scatter", size // ways
             if ways > 1:
-                found.sent[kind, axes] += _sent(kind, _size(shape, name), ways)
+                found.sent[kind, axes] += _sent(kind, size, ways)
         elif not name.endswith(("-done", "-update")):
             turns = _turns(rest, bodies) if name == "while" else 1
-            for called in _CALLED.findall(rest):
-                names = [each.strip().lstrip("%") for each in called.split(",")]
+            for several in _CALLED.findall(rest):
+                names = [each.strip().lstrip("%") for each in several.split(",")]
                 found.calls += [(each, turns) for each in names if each in bodies]
     return found
 

@@ -19,7 +19,7 @@ from zoo.models.core.config import SystemConfig
 from zoo.models.core.keytable import Table
 from zoo.models.core.registry import register
 from zoo.models.parts.assemblies.classifier import ClassifierConfig, head_table
-from zoo.models.parts.towers.regnet import RegNetConfig, regnet_table
+from zoo.models.parts.towers.regnet import TIMM, RegNetConfig, regnet_table
 
 CARD = Card(
     slug="fast_scaling",
@@ -351,8 +351,14 @@ VARIANTS: dict[str, SystemConfig] = {
 
 
 def table(config: ClassifierConfig) -> Table:
-    """Keys of timm's RegNets."""
+    """Keys of the official checkpoints (`model_state` in their files)."""
     own = regnet_table(config.tower).under("tower") + head_table(config, head="head.fc")
+    return own.with_stats()
+
+
+def timm_table(config: ClassifierConfig) -> Table:
+    """Keys of timm's RegNets."""
+    own = regnet_table(config.tower, TIMM).under("tower") + head_table(config, head="head.fc")
     return own.with_stats()
 
 

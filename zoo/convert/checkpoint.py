@@ -1,5 +1,6 @@
 """A Hugging Face checkpoint as a model of this zoo, before any of its weights is read."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +8,11 @@ from typing import Any
 
 import flax.linen as nn
 
-from zoo.convert.folder import read_config, read_weights
+from zoo.convert.folder import CONFIG, read_config, read_weights
 from zoo.convert.layout import Layout, lay_out
 from zoo.convert.place import abstract_variables
 from zoo.models.core.config import ModelConfig
-from zoo.models.core.errors import ZooError
+from zoo.models.core.errors import UsageError, ZooError
 from zoo.models.core.hf import Fields
 from zoo.models.core.keytable import Piece, Table
 from zoo.models.core.registry import Base, base_of, read_hf
@@ -66,11 +67,28 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     fields = read_config(folder)
     model_type = fields["model_type"]
     base = base_of(model_type)
-    config, found = read_hf(Fields(model_type, fields)), read_weights(folder)
+    with _meant(folder):
+        config = read_hf(Fields(model_type, fields))
+    found = read_weights(folder)
     if base.fit is not None:
         config = base.fit(config, found)
-    boxed = abstract_variables(config)
-    table = base.table(config)
-    wanted = frozenset(table.shapes(nn.unbox(boxed)))
+    with _meant(folder):
+        boxed = abstract_variables(config)
+        table = base.table(config)
+        wanted = frozenset(table.shapes(nn.unbox(boxed)))
     layout = lay_out(found, base.renames, wanted, table.ignored)
     return Checkpoint(folder, model_type, base, config, layout, boxed)
+
+
+@contextlib.contextmanager
+def _meant(folder: Path) -> Iterator[None]:
+    """Turn what values of no sense lead to, in a reader or a module, into an error that names the
+    file that they are in.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        why = (str(error).splitlines() or [""])[0][:300]
+        raise UsageError(
+            f"{folder / CONFIG} describes no model: {type(error).__name__}: {why}"
+        ) from error

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def export(source: str | Path, destination: str | Path) -> Exported:
       ZooError: the source is damaged, or the destination cannot be written; then nothing is there.
     """
     source, destination = Path(source), Path(destination).absolute()
+    if not source.exists():
+        raise UsageError(f"{source} does not exist: name a folder that `zoo convert` has made")
     if not (source / SOURCE).is_dir():
         raise UsageError(
             f"{source} holds no converted checkpoint, and only these have a Hugging Face layout to "
@@ -132,7 +135,14 @@ def write_shards(
     entries: Entries,
     tensors: Iterator[tuple[str, np.ndarray]],
 ) -> None:
-    """Write files whose tensors arrive in any order."""
+    """Write files whose tensors arrive in any order.
+
+    Raises:
+      OSError: there is no room for them, before any is asked for; or a write fails.
+    """
+    need, free = sum(map(nbytes, entries.values())), shutil.disk_usage(folder).free
+    if need > free:
+        raise OSError(ENOSPC, f"{free:,} bytes are left and the weights need {need:,}")
     with ExitStack() as stack:
         places = {}
         for file, names in shards.items():
@@ -147,9 +157,8 @@ def write_shards(
             out.seek(start)
             out.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     if len(shards) > 1:
-        size = sum(map(nbytes, entries.values()))
         home = {name: file for file, names in shards.items() for name in names}
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(home.items()))}
+        index = {"metadata": {"total_size": need}, "weight_map": dict(sorted(home.items()))}
         text = json.dumps(index, indent=2) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, "utf-8")
 

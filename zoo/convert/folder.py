@@ -32,8 +32,13 @@ def is_checkpoint(folder: Path) -> bool:
     """Whether `config.json` names an architecture, as those of the Hugging Face hub do."""
     try:
         return "model_type" in _named(json.loads((folder / CONFIG).read_text("utf-8")))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there are files of weights, usable or not, such as a checkpoint has."""
+    return any(next(folder.glob(pattern), None) is not None for pattern in WEIGHTS)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -43,9 +48,16 @@ def read_config(folder: Path) -> dict[str, Any]:
       ZooError: it cannot be read, or names no architecture.
     """
     file = folder / CONFIG
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ZooError(
+            f"{folder} {what}: name the folder of a checkpoint, or one on the Hugging Face hub"
+        )
     try:
         config = _named(json.loads(file.read_text("utf-8")))
-    except (OSError, ValueError) as error:
+    except FileNotFoundError:
+        raise ZooError(f"{file} is missing: a checkpoint has one beside its weights") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise ZooError(f"{file} cannot be read: {error}") from error
     if "model_type" not in config:
         raise ZooError(f"{file} names no model_type, so nobody knows which architecture this is")
@@ -120,7 +132,7 @@ def _shards(index: Path) -> dict[str, str]:
     """{tensor: name of its shard}, every shard a file in the folder of the index."""
     try:
         shard_of = json.loads(index.read_text("utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ZooError(f"{index} is no index of shards: {error}") from error
     if not isinstance(shard_of, dict) or not shard_of:
         raise ZooError(f"{index} is no index of shards: its weight_map is no object, or empty")

@@ -159,7 +159,7 @@ class _Machine:
 
     def named_by_stack(self, _: None) -> None:
         name, module = self._stack.pop(), self._stack.pop()
-        self.push(self._symbol(f"{module}.{name}"))
+        self.push(self._symbol(f"{_want(module, str)}.{_want(name, str)}"))
 
     def pop_mark(self) -> list[Any]:
         at = len(self._stack) - 1 - self._stack[::-1].index(_MARK)
@@ -182,6 +182,9 @@ class _Machine:
         _want(self._stack[-1], list).extend(items)
 
     def set_items(self, items: list[Any]) -> None:
+        # The hash of a tuple of tuples of the same tuples, and so on, takes forever.
+        for key in items[::2]:
+            _want(key, (str, int))
         _want(self._stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
 
     def build(self, _: None) -> None:
@@ -192,7 +195,7 @@ class _Machine:
     def storage(self, _: None) -> None:
         kind, of, key, _, count = _want(self._stack.pop(), tuple)
         name = _want(of, _Name).text.removeprefix("torch.")
-        span = self._spans.get(f"{self._root}data/{key}")
+        span = self._spans.get(f"{self._root}data/{_want(key, str)}")
         if kind != "storage" or span is None:
             raise _bad(self._file, f"the storage {key!r} of a tensor is not in the archive")
         dtype = np.dtype(_STORAGES[name]) if name in _STORAGES else None
@@ -222,7 +225,9 @@ class _Machine:
         dtype = dtype or _want(storage, _Storage).dtype
         if dtype is None:
             raise _bad(self._file, "a tensor without a dtype")
-        numbers = (offset, *shape, *strides)
+        numbers = (offset, *_want(shape, tuple), *_want(strides, tuple))
+        for number in numbers:
+            _want(number, int)
         count = storage.span.length // dtype.itemsize
         good = all(type(n) is int and n >= 0 for n in numbers) and len(shape) == len(strides)
         if not good or not fits(shape, strides, offset, count):
@@ -275,9 +280,11 @@ _STEPS: dict[str, Step] = {
 }
 
 
-def _want(value: Any, kind: type) -> Any:
+def _want(value: Any, kind: type | tuple[type, ...]) -> Any:
     if not isinstance(value, kind):
-        raise TypeError(f"{type(value).__name__} where {kind.__name__.strip('_')} is due")
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        due = " or ".join(each.__name__.strip("_") for each in kinds)
+        raise TypeError(f"{type(value).__name__} where {due} is due")
     return value
 
 

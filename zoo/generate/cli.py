@@ -26,9 +26,9 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--max-new-tokens is {args.max_new_tokens}: want 1 or more")
     if args.stream and args.json:
         raise UsageError("--stream and --json: want one of them; an object is printed at once")
-    if args.agent is not None and (args.stream or args.system is not None):
+    if args.agent is not None and (args.stream or args.raw or args.system is not None):
         raise UsageError(
-            "--agent asks the model several questions: leave --stream and --system out"
+            "--agent asks the model several questions: leave --stream, --raw and --system out"
         )
 
     from zoo.cache import keep_compiled_programs  # after the flags: JAX takes a second to import
@@ -42,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     loaded = load(args.model) if args.dtype is None else load(args.model, dtype=args.dtype)
     options = {
         "system": args.system,
+        "raw": args.raw,
         "budget": args.budget,
         "max_new_tokens": args.max_new_tokens,
         "sampling": sampling,
@@ -75,7 +76,7 @@ def _with_agent(
     agent = create(name)
     if not isinstance(agent, Agent):
         raise UsageError(f"--agent {name}: no agent; see `zoo list --kind agent-inference`")
-    del options["system"]
+    del options["system"], options["raw"]
     subject = agent.wrap(ModelSubject(loaded, budget=options.pop("budget")))
     [answer] = subject.generate([Query(prompt, tuple(images))], **options)
     return answer
@@ -107,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before")
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="the prompt is what the model reads, a placeholder for each picture included: no chat "
+        "template is applied",
+    )
     parser.add_argument(
         "--budget", type=int, metavar="M", help="vision tokens for a picture; by default all"
     )

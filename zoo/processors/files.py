@@ -26,7 +26,7 @@ def read_json(file: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(read_text(file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ZooError(f"{file} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ZooError(f"{file} holds a {type(values).__name__}: want a JSON object")

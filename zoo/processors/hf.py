@@ -101,7 +101,8 @@ class HubProcessor:
             included; no template is applied.
           reducer: what leaves vision tokens out in the model. A prompt is then too long only if its
             text alone is; the model counts the tokens that remain. Where it reads the text, `guide`
-            marks the question: of a conversation the last, of a raw prompt all of it.
+            marks the question: of a conversation the last, of a raw prompt all of it. Where it
+            leaves out padding, `shown` says where pictures lie in the squares they were set into.
 
         Returns:
           The arrays that `zoo.models.core.types` names, padded on the right, their lengths rounded
@@ -121,6 +122,8 @@ class HubProcessor:
             batch["guide"] = np.zeros(batch["ids"].shape, bool)
             for line, row in zip(batch["guide"], rows, strict=True):
                 line[: len(row.asked)] = row.asked
+        if reducer is not None and reducer.skips_padding and isinstance(self.vision, TileVision):
+            batch |= self.vision.shown(seen)
         return batch
 
     def expanded_ids(
@@ -244,7 +247,7 @@ class HubProcessor:
         if shown and not raw:
             raise UsageError(
                 "this checkpoint has no chat template, which would say where pictures stand: "
-                "write the whole prompt as the model reads it, and call it raw"
+                "write the whole prompt as the model reads it, and pass raw=True (--raw)"
             )
         return prompt if raw else self.tokenizer.mark(prompt)
 

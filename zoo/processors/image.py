@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from zoo.models.core.errors import UsageError
-from zoo.processors.pixels import Filter, pad_to_square
+from zoo.processors.pixels import Filter, pad_to_square, shown_in_square
 from zoo.processors.tiling import Size, crop_grid, cut
 
 Fit = Literal["pad", "squash", "crop"]
@@ -82,6 +82,10 @@ class ImageProcessor:
         large = self._fitted(Image.fromarray(picture), (rows * self.size, columns * self.size))
         parts = cut(np.asarray(large), (rows, columns))
         return np.stack([self(part) for part in parts]), (rows, columns)
+
+    def shown(self, size: Size) -> tuple[int, int, int, int]:
+        """Where a picture of this size lies in the pixels: top, left, bottom, right."""
+        return shown_in_square(size if self.fit == "pad" else (1, 1), self.size)
 
     @cached_property
     def _rows(self) -> tuple[np.ndarray, np.ndarray]:

@@ -148,6 +148,17 @@ def resized(picture: np.ndarray, size: Size, method: Filter) -> np.ndarray:
     return np.asarray(filtered)
 
 
+def shown_in_square(size: Size, side: int) -> tuple[int, int, int, int]:
+    """Where a picture of this size lies in the square of `side` pixels that it was set into and
+    resized to: top, left, bottom, right.
+    """
+    short = round(min(size) * (side / max(size)))
+    before = (side - short) // 2
+    if size[0] < size[1]:
+        return before, 0, before + short, side
+    return 0, before, side, before + short
+
+
 def center_crop(picture: np.ndarray, size: Size) -> np.ndarray:
     """The middle of `picture` [H, W, 3] as [*size, 3], with black around what is too small.
 

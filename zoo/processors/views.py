@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from zoo.processors.native import NativeSpec, Picture, smart_resize
-from zoo.processors.pixels import Pipeline, Size, resized
+from zoo.processors.pixels import Pipeline, Size, resized, shown_in_square
 from zoo.processors.tiling import (
     Box,
     crop_grid,
@@ -31,6 +31,10 @@ class Single:
     def tiles(self, picture: np.ndarray, *, alone: bool = True) -> np.ndarray:
         """[1, h, w, 3] float32 of `picture` [H, W, 3] uint8."""
         return self.pipeline(picture)[None]
+
+    def shown(self, size: Size, side: int) -> tuple[int, int, int, int]:
+        """Where a picture of this size lies in pixels of this side: top, left, bottom, right."""
+        return shown_in_square(size if self.pipeline.square else (1, 1), side)
 
     def closer(self, picture: np.ndarray, *, crops: int, square: bool) -> tuple[np.ndarray, Size]:
         """What is seen of `picture` [H, W, 3] uint8, as crops [n, h, w, 3] float32.

@@ -18,12 +18,14 @@ Batch = dict[str, np.ndarray]
 
 class Seen(NamedTuple):
     """One picture as a model that reads tiles sees it: [tiles, h, w, 3], which tokens, and for some
-    models the crops of every tile with their rows and columns.
+    models the crops of every tile with their rows and columns, or where the picture lies in its
+    tile: top, left, bottom, right.
     """
 
     tiles: np.ndarray
     reading: Reading
     crops: tuple[tuple[np.ndarray, tuple[int, int]], ...] = ()
+    shown: tuple[int, int, int, int] | None = None
 
 
 class Vision(Protocol):
@@ -84,10 +86,11 @@ class TileVision:
             return Seen(tiles, self._in_rows(size, views.resolutions, views.tile))
         newline = isinstance(views, AnyRes)
         reading, crops = tiling.whole_tiles(len(tiles), self.tokens, newline=newline), ()
+        shown = views.shown(size, tiles.shape[1]) if isinstance(views, Single) else None
         if self.crops is not None and isinstance(views, Single):
             number, square = self.crops.number, self.crops.square
             crops = (views.closer(picture, crops=number, square=square),)
-        return Seen(tiles, reading, crops)
+        return Seen(tiles, reading, crops, shown)
 
     def _in_rows(self, size: Size, resolutions: Sequence[Size], tile: int) -> Reading:
         options = {"tile": tile, "grid": self.grid, "max_tiles": self.max_tiles}
@@ -96,6 +99,19 @@ class TileVision:
     def num_tokens(self, seen: Seen) -> int:
         """How many vision tokens take the place of its placeholder."""
         return seen.reading.size
+
+    def shown(self, seen: list[list[Seen]]) -> Batch:
+        """Where the pictures of prompts lie in their tiles, as `shown` int32 [B, M, 4]; nothing
+        where pictures have several tiles, or prompts none.
+        """
+        every = [picture.tiles.shape[1] for row in seen for picture in row]
+        if not isinstance(self.views, Single) or not every:
+            return {}
+        whole = (0, 0, every[0], every[0])
+        found = np.full((len(seen), bucket(max(map(len, seen))), 4), whole, np.int32)
+        for line, row in zip(found, seen, strict=True):
+            line[: len(row)] = [picture.shown for picture in row] or line[:0]
+        return {"shown": found}
 
     def batch(self, ids: list[list[int]], seen: list[list[Seen]], pad: int) -> Batch:
         """Prompts padded on the right; lengths and numbers of tiles and slots are rounded up."""

@@ -1,6 +1,7 @@
 """What stands between a vision-language model and the world: records, prompts and answers."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,9 +11,11 @@ import numpy as np
 
 from zoo.images import Source, listed, read_image
 from zoo.models.core.errors import UsageError, ZooError
-from zoo.processors import chat, guide
+from zoo.processors import chat, guide, tiling
 from zoo.processors.image import ImageProcessor
+from zoo.processors.pixels import Pipeline
 from zoo.processors.text import Tokenizer
+from zoo.processors.views import Stretched
 
 if TYPE_CHECKING:
     from zoo.models.parts.reduce.base import Reducer
@@ -21,6 +24,21 @@ Example = dict[str, np.ndarray]
 
 _CONFIG = "processor.json"
 _TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How a picture is read in rows of tiles, each of which has crops of its own.
+
+    Attributes:
+      tiles: M, the most of a picture: one that shows all of it, and those of a grid.
+      grid: rows and columns of the tokens of a tile.
+      slots: S, the most vision tokens of an example, a newline after every row included.
+    """
+
+    tiles: int
+    grid: tuple[int, int]
+    slots: int
 
 
 @dataclass(frozen=True)
@@ -34,6 +52,7 @@ class Processor:
       num_images: I, the most pictures of an example, and the placeholders of every one.
       crops: V, for a model that sees crops of a picture besides the whole; 0 for the others.
       square_crops: whether they always make a square, see `zoo.processors.tiling.crop_grid`.
+      rows: for a model that sees one picture in tiles, and square crops of each; None for others.
     """
 
     image: ImageProcessor
@@ -42,6 +61,7 @@ class Processor:
     num_images: int = 1
     crops: int = 0
     square_crops: bool = False
+    rows: Rows | None = None
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -81,8 +101,10 @@ class Processor:
           pixels [I, H, W, 3] float32, normalised; ids [T] int32 with I image placeholders; labels
           [T] int32, -100 where nothing is learned; text_mask [T] bool, True on tokens; segments [T]
           int32, the number of the turn where turns are independent, else 0; for models that see
-          them, crops [I, V, H, W, 3] and view_grid [I, 2]. Where a picture is missing its pixels
-          are zero and its placeholder is masked out, so that batches of all sorts have one shape.
+          them, crops [I, V, H, W, 3] and view_grid [I, 2], and where these are of tiles M in place
+          of I, with sizes [1] and layout [S] of `zoo.processors.tiling.pack`. Where a picture is
+          missing its pixels are zero and its placeholder is masked out, so that batches of all
+          sorts have one shape.
 
         Raises:
           ZooError if a picture cannot be read, there are too many, a text is empty, or the
@@ -119,7 +141,8 @@ class Processor:
             may stand by itself.
           prompts: the questions; a single one may stand by itself.
           reducer: what leaves vision tokens out in the model: where it reads the text, `guide`
-            [B, T] marks the question.
+            [B, T] marks the question; where it leaves out padding, `shown` [B, I, 4] says where the
+            pictures lie in their pixels.
 
         Returns:
           pixels [B, I, H, W, 3], ids [B, T] and text_mask [B, T] as in `encode`, padded on the
@@ -137,7 +160,8 @@ class Processor:
             )
         if not asked:
             raise UsageError("got no prompts: want at least one")
-        examples = [self._prompt(*pair) for pair in zip(shown, asked, strict=True)]
+        padding = reducer is not None and reducer.skips_padding
+        examples = [self._prompt(*pair, padding) for pair in zip(shown, asked, strict=True)]
         if reducer is not None and reducer.reads_text:
             for example in examples:
                 example["guide"] = self._question(example["ids"])
@@ -160,6 +184,8 @@ class Processor:
         }
         if self.crops:
             config |= {"crops": self.crops, "square_crops": self.square_crops}
+        if self.rows is not None:
+            config["rows"] = asdict(self.rows)
         (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
     @classmethod
@@ -171,12 +197,16 @@ class Processor:
             image, max_length = ImageProcessor(**config["image"]), config["max_length"]
             num_images = config.get("num_images", 1)  # earlier versions had no other number
             crops = config.get("crops", 0), config.get("square_crops", False)
+            if (rows := config.get("rows")) is not None:
+                rows = Rows(rows["tiles"], tuple(rows["grid"]), rows["slots"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ZooError(f"{file} is not a processor that can be read: {error}") from error
         tokenizer = Tokenizer.load(Path(folder) / _TOKENIZER)
-        return cls(image, tokenizer, max_length, num_images, *crops)
+        return cls(image, tokenizer, max_length, num_images, *crops, rows)
 
-    def _prompt(self, image: Source | tuple[Source, ...] | None, question: str) -> Example:
+    def _prompt(
+        self, image: Source | tuple[Source, ...] | None, question: str, padding: bool
+    ) -> Example:
         images = listed(image)
         ids = chat.prompt(self.tokenizer, question, max(1, len(images)))
         length = len(ids) + self._unused(images)
@@ -185,7 +215,7 @@ class Processor:
                 f"the prompt has {length} tokens, more than the {self.max_length} that the model "
                 "takes: shorten it"
             )
-        return self._example(images, ids)
+        return self._example(images, ids, padding=padding)
 
     def _question(self, ids: np.ndarray) -> np.ndarray:
         """Which of the ids are the words of the question."""
@@ -201,19 +231,30 @@ class Processor:
             )
         return self.num_images - max(1, len(images))
 
-    def _example(self, images: Sequence[Source], ids: list[int]) -> Example:
+    def _example(
+        self, images: Sequence[Source], ids: list[int], *, padding: bool = False
+    ) -> Example:
         text_mask = np.arange(self.max_length) < len(ids)
         if not images:
             text_mask[ids.index(self.tokenizer.image)] = False
         placeholders = [self.tokenizer.image] * self._unused(images)
+        pictures = [read_image(image) for image in images]
+        places = {}
+        if padding:
+            boxes = [self.image.shown(picture.shape[:2]) for picture in pictures]
+            boxes += [(0, 0, self.image.size, self.image.size)] * (self.num_images - len(boxes))
+            places["shown"] = np.array(boxes, np.int32)
         return {
-            **self._views([read_image(image) for image in images]),
+            **self._views(pictures),
+            **places,
             "ids": chat.pad([*ids, *placeholders], self.max_length, self.tokenizer.pad),
             "text_mask": text_mask,
         }
 
     def _views(self, pictures: Sequence[np.ndarray]) -> Example:
         """What the model sees of pictures; zeros where there are fewer than `num_images`."""
+        if self.rows is not None:
+            return self._in_rows(self.rows, pictures)
         side = self.image.size
         views = {"pixels": np.zeros((self.num_images, side, side, 3), np.float32)}
         if self.crops:
@@ -226,3 +267,20 @@ class Processor:
                 crops, grid = self.image.closer(picture, crops=self.crops, square=self.square_crops)
                 views["crops"][i, : len(crops)], views["view_grid"][i] = crops, grid
         return views
+
+    def _in_rows(self, rows: Rows, pictures: Sequence[np.ndarray]) -> Example:
+        """The same of one picture in tiles, or none, with the order in which these are read."""
+        image, side = self.image, self.image.size
+        pipeline = Pipeline(None, image.resize, mean=image.mean, std=image.std)
+        views = Stretched(pipeline, side, rows.tiles - 1, math.isqrt(self.crops))
+        pixels = np.zeros((rows.tiles, side, side, 3), np.float32)
+        crops = np.zeros((rows.tiles, self.crops, side, side, 3), np.float32)
+        readings = []
+        for picture in pictures:
+            size, tiles = views.resolution(picture.shape[:2]), views.tiles(picture)
+            pixels[: len(tiles)], crops[: len(tiles)] = tiles, views.closer(picture)
+            readings.append(tiling.anyres(size, (size,), tile=side, grid=rows.grid))
+        most = {"num_images": 1, "num_tiles": rows.tiles, "num_slots": rows.slots}
+        places = tiling.pack([readings], tokens=math.prod(rows.grid), **most)
+        own = {name: places[name][0] for name in ("sizes", "layout")}
+        return {"pixels": pixels, "crops": crops, **own}

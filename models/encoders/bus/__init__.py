@@ -44,8 +44,8 @@ CARD = Card(
         "the abstraction's queries and depth) is our choice; the paper's results are not claimed.",
         "Text and picture are fused by six layers of BERT that cross-attend, as in ALBEF; mPLUG, "
         "which the paper starts from, also has layers that attend to both at once.",
-        "The contrastive loss compares within the batch; the momentum encoder with its queue and "
-        "soft targets is left out.",
+        "Soft targets have their whole weight from the first step on; in ALBEF it grows over the "
+        "first epoch.",
         "Negative pairs take the summary that was made with a picture's own text.",
     ),
 )

@@ -159,11 +159,10 @@ class LlavaConfig(ModelConfig):
     def crops(self) -> Crops | None:
         """The crops that the tower or a policy wants to see of every image besides the whole."""
         parts = (self.tower, *self.policies)
-        found = [part for part in parts if getattr(part, "crops", None) is not None]
+        found = {crops for part in parts if (crops := getattr(part, "crops", None)) is not None}
         if len(found) > 1:
-            raise ValueError(f"{found}: want one at most that sees crops")
-        crops: Crops | None = getattr(found[0], "crops", None) if found else None
-        return crops
+            raise ValueError(f"{found}: want the same crops of a picture wherever they are seen")
+        return found.pop() if found else None
 
     @property
     def tile_tokens(self) -> int:
@@ -181,7 +180,9 @@ class LlavaConfig(ModelConfig):
         if not self.reducing:
             return self.all_slots
         assert self.reducer is not None
-        kept = self.reducer.num_slots(self.num_images, self.tile_tokens)
+        # A method that acts on slots keeps a share of these, which may be fewer than all tokens.
+        slots = self.all_slots if self.reducer.point == "slots" else None
+        kept = self.reducer.num_slots(self.num_images, self.tile_tokens, slots)
         return min(kept, self.all_slots)
 
     @property
@@ -357,8 +358,11 @@ class Llava(LanguageModel):
                 visual = visual.replace(memory={**visual.memory, **memory})
             return visual.replace(tokens=kept.replace(tokens=visual.tokens.tokens)), seen
         visual = self._connect(features, batch, budget)
-        found = visual.tokens
-        seen = station.seen_by(c.reducer, found.tokens, whole, grid=grid, mask=found.mask, **facts)
+        found, mask = visual.tokens, visual.tokens.mask
+        if c.reducer.skips_padding and "shown" in batch and grid is not None:
+            shown = station.shown_tokens(batch["shown"], grid, c.tower.image_size // grid[0])
+            mask = shown if mask is None else mask & shown
+        seen = station.seen_by(c.reducer, found.tokens, whole, grid=grid, mask=mask, **facts)
         if point == "connector":
             kept = self.reducer(seen, text, keep=seen.per_tile)
             visual = visual.replace(tokens=kept)
@@ -378,7 +382,9 @@ class Llava(LanguageModel):
         wants = c.reducer.wants(c.tower, c.read_layer) if c.reducing else Wants()
         taps = tuple(sorted({*c.layers, *more, *wants.taps}))
         last = max(*taps, *wants.qk, 0) if c.layers and not self.is_initializing() else None
-        options = {"qk": wants.qk} if wants.qk else {}
+        options: dict[str, Any] = {"qk": wants.qk} if wants.qk else {}
+        if getattr(c.tower, "crops", None) is not None and source is not None and source.crops:
+            options["crops"] = True  # or the tower keeps them to itself
         features = self.tower(pixels, taps=taps, stop_after=last, **options)
         if c.layers:
             first = 0 if c.keep_class else c.tower.prefix

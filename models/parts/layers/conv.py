@@ -4,10 +4,10 @@ Padding is that of torch, the same on both sides of an axis at every stride.
 """
 
 import flax.linen as nn
-import jax
 
 from zoo.models.core.types import Array
 from zoo.models.parts.layers.activations import ACTIVATIONS
+from zoo.models.parts.layers.depthwise import Filters, each_filtered
 from zoo.models.parts.layers.linear import fan_in_init
 from zoo.models.parts.layers.norms import GridNorm, make_grid_norm
 
@@ -56,16 +56,10 @@ class Conv(nn.Module):
         names = (*(None,) * axes, "conv_in", "conv_out")
         init = fan_in_init(tuple(range(axes + 1)), (axes + 1,))
         weights = self.param("kernel", nn.with_logical_partitioning(init, names), shape)
-        letters = "DHW"[-axes:]
-        y = jax.lax.conv_general_dilated(
-            x,
-            weights.astype(x.dtype),
-            window_strides=_each(self.stride, axes),
-            padding=[(p, p) for p in padding],
-            rhs_dilation=dilation,
-            dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
-            feature_group_count=self.groups,
-        )
+        filters = Filters(_each(self.stride, axes), padding, dilation, self.groups)
+        weights = weights.astype(x.dtype)
+        alone = self.groups == channels > 1
+        y = each_filtered(filters, x, weights) if alone else filters(x, weights)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
             y = y + self.param("bias", zeros, (self.features,)).astype(y.dtype)

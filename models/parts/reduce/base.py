@@ -62,7 +62,8 @@ batch's `guide` marks (one question of a conversation, say), or else all of the 
 the same in the tag `guide`, where the batch has one, and what they take for the last token of the
 instruction is the last of these. Prompts are read anew for each question, so that a method chooses
 for the question that `guide` marks: the last, or the first again. `zoo.loaded.Loaded.encode` marks
-the question of a prompt for methods with `reads_text`, and makes the vector that `inputs` may want.
+the question of a prompt for methods with `reads_text`, and makes the vector that `inputs` may want;
+with `guide="first"` it marks for all methods what was there when the first question was asked.
 """
 
 import itertools
@@ -200,6 +201,7 @@ class Reducer:
     point: ClassVar[Point] = "tower"
     merges: ClassVar[bool] = False
     reads_text: ClassVar[bool] = False
+    skips_padding: ClassVar[bool] = False  # leaves out what shows none of the picture (`shown`)
     arrange: ClassVar[Arrange] = "layout"
     newlines: ClassVar[bool] = False  # whether those of the layout stay
 

@@ -58,6 +58,24 @@ def text_of(batch: Batch, embedded: Array, image_id: int) -> Text:
     return Text(ids, embedded, mask, batch.get("guide_vector"))
 
 
+def shown_tokens(shown: Array, grid: tuple[int, int], side: int) -> Array:
+    """Which tokens of a grid show something of their image, bool [B, M, N].
+
+    Args:
+      shown: int32 [B, M, 4], as in a batch.
+      grid: rows and columns.
+      side: of a token, in pixels.
+    """
+
+    def seen(count: int, first: Array, last: Array) -> Array:
+        edge = side * jnp.arange(count)
+        return (edge + side > first[..., None]) & (edge < last[..., None])
+
+    rows = seen(grid[0], shown[..., 0], shown[..., 2])
+    columns = seen(grid[1], shown[..., 1], shown[..., 3])
+    return (rows[..., :, None] & columns[..., None, :]).reshape(*shown.shape[:2], -1)
+
+
 def seen_by(
     reducer: Reducer,
     tokens: Array,

@@ -3,6 +3,7 @@
 Follows: arXiv:2003.13678; inverted bottlenecks arXiv:2103.06877.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -16,6 +17,9 @@ from zoo.models.parts.layers.embed import check_pixels
 from zoo.models.parts.layers.gates import SqueezeExcite
 from zoo.models.parts.layers.repeat import Repeat
 from zoo.models.parts.towers.pyramid import pyramid_features
+
+Steps = tuple[int, ...] | None
+"""The numbers of the blocks that share rows of a key table."""
 
 
 @dataclass(frozen=True)
@@ -177,33 +181,54 @@ class RegNet(nn.Module):
         return pyramid_features(tuple(jax.tree.map(free, pyramid)), taps, last=free(x))
 
 
-def regnet_table(config: RegNetConfig) -> Table:
-    """Keys of timm's checkpoints, without those of the head."""
+OFFICIAL = {
+    "reduce": ("f.a", "f.a_bn"),
+    "spatial": ("f.b", "f.b_bn"),
+    "expand": ("f.c", "f.c_bn"),
+    "excite": ("f.se.f_ex.0", "f.se.f_ex.2"),
+    "shortcut": ("proj", "bn"),
+    "last": ("head.conv", "head.bn"),
+}
+"""What the official code calls the parts of a block, and the last convolution: convolutions and
+their norms, and both maps of the channel attention."""
+TIMM = {
+    "reduce": ("conv1.conv", "conv1.bn"),
+    "spatial": ("conv2.conv", "conv2.bn"),
+    "expand": ("conv3.conv", "conv3.bn"),
+    "excite": ("se.fc1", "se.fc2"),
+    "shortcut": ("downsample.conv", "downsample.bn"),
+    "last": ("final_conv.conv", "final_conv.bn"),
+}
+"""The same in timm."""
 
-    def unit(path: str, key: str, steps: tuple[int, ...] | None = None) -> list[AnyRow]:
+
+def regnet_table(config: RegNetConfig, names: Mapping[str, tuple[str, str]] = OFFICIAL) -> Table:
+    """Keys of the official checkpoints, or of timm's, without those of the classes."""
+
+    def unit(path: str, keys: tuple[str, str], steps: Steps = None) -> list[AnyRow]:
         rows: list[AnyRow] = list(
-            weight_rows(f"{path}/conv", f"{key}.conv", conv, steps=steps, bias=False)
+            weight_rows(f"{path}/conv", keys[0], conv, steps=steps, bias=False)
         )
-        return rows + norm_rows(f"{path}/norm", f"{key}.bn", steps=steps, stats=True)
+        return rows + norm_rows(f"{path}/norm", keys[1], steps=steps, stats=True)
 
-    def block(path: str, key: str, steps: tuple[int, ...] | None = None) -> list[AnyRow]:
+    def block(path: str, at: str, parts: tuple[str, ...], steps: Steps = None) -> list[AnyRow]:
         rows: list[AnyRow] = []
-        for name, number in (("reduce", 1), ("spatial", 2), ("expand", 3)):
-            rows += unit(f"{path}/{name}", f"{key}.conv{number}", steps)
+        for part in parts:
+            rows += unit(
+                f"{path}/{part}", (f"{at}.{names[part][0]}", f"{at}.{names[part][1]}"), steps
+            )
         if config.se_ratio:
-            for name, number in (("reduce", 1), ("expand", 2)):
-                theirs = f"{key}.se.fc{number}"
-                rows += weight_rows(f"{path}/excite/{name}", theirs, pointwise, steps=steps)
+            for part, key in zip(("reduce", "expand"), names["excite"], strict=True):
+                rows += weight_rows(f"{path}/excite/{part}", f"{at}.{key}", pointwise, steps=steps)
         return rows
 
-    rows = unit("stem", "stem")
+    rows, parts = unit("stem", ("stem.conv", "stem.bn")), ("reduce", "spatial", "expand")
     for number, depth in enumerate(config.depths):
         at = f"s{number + 1}.b"
-        rows += block(f"firsts_{number}", f"{at}1")
-        if not config.inverted:
-            rows += unit(f"firsts_{number}/shortcut", f"{at}1.downsample")
+        first = parts if config.inverted else (*parts, "shortcut")
+        rows += block(f"firsts_{number}", f"{at}1", first)
         if depth > 1:
-            rows += block(f"rests_{number}/layers", f"{at}{{}}", tuple(range(2, depth + 1)))
+            rows += block(f"rests_{number}/layers", f"{at}{{}}", parts, tuple(range(2, depth + 1)))
     if config.head_width:
-        rows += unit("last", "final_conv")
+        rows += unit("last", names["last"])
     return Table(tuple(rows))

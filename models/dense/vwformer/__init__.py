@@ -2,7 +2,8 @@
 
 The three coarse levels of a pyramid become one map; each of its 8 x 8 windows attends to contexts
 2, 4 and 8 times as wide, at the price of plain windows; the finest level adds detail. The head
-takes any pyramid with strides of 4, 8, 16 and 32 (`Features.pyramid`).
+takes any pyramid with strides of 4, 8, 16 and 32 (`Features.pyramid`); as a pixel decoder
+(`.pixels`) it ends in features instead of classes.
 
 Follows: arXiv:2404.16573.
 """
@@ -11,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax import struct
 
@@ -31,6 +31,8 @@ from zoo.models.core.keytable import (
 )
 from zoo.models.core.registry import register
 from zoo.models.core.types import Array, Batch, Features
+from zoo.models.dense.vwformer.levels import LEVELS, level_inputs, levels_of
+from zoo.models.dense.vwformer.pixels import VWPixelsConfig, pixels_table
 from zoo.models.parts.assemblies.classifier import image_inputs
 from zoo.models.parts.layers.conv import Conv, ConvNormAct
 from zoo.models.parts.layers.gates import drop_examples
@@ -44,15 +46,13 @@ CARD = Card(
     code="https://github.com/yan-hao-tian/VW",
     differs=(
         "In training, batch statistics are those of the whole batch over all devices.",
-        "The forms for MaskFormer and Mask2Former are not here.",
+        "Of the forms for MaskFormer and Mask2Former the pixel decoders are here, not what reads "
+        "them; a bias before a batch norm is a part of its mean.",
     ),
 )
 
 Form = Literal["mixed", "city"]
 """Of the official heads: `VWHead` (ADE20K) and `VWCityHead` (Cityscapes)."""
-
-LEVELS = ("c1", "c2", "c3", "c4")
-"""What a batch calls the levels of a pyramid, the finest first."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,7 @@ class VWFormerConfig(ModelConfig):
 
     def inputs(self, batch_size: int) -> Batch:
         """Shapes of the pyramids of a batch of images."""
-        sides = [self.image_size // stride for stride in (4, 8, 16, 32)]
-        return {
-            name: jax.ShapeDtypeStruct((batch_size, side, side, width), jnp.float32)
-            for name, side, width in zip(LEVELS, sides, self.widths, strict=True)
-        }
+        return level_inputs(batch_size, self.image_size, self.widths)
 
 
 @struct.dataclass
@@ -175,10 +171,7 @@ class VWFormer(nn.Module):
           ValueError: levels that do not fit.
         """
         c = self.config
-        c1, *coarse = (batch[name].astype(c.dtype) for name in LEVELS)
-        for name, level, width in zip(LEVELS, (c1, *coarse), c.widths, strict=True):
-            if level.ndim != 4 or level.shape[-1] != width:
-                raise ValueError(f"{name}: got {level.shape}, want [B, h, w, {width}]")
+        c1, *coarse = levels_of(batch, c.widths, c.dtype)
         fused = self.merge(coarse, train=train)
         check_map(fused)
         decoded = self.decode(fused, train=train)
@@ -267,8 +260,10 @@ def _heads_conv(num_in: int) -> Transform:
     )
 
 
-def table(config: VWFormerConfig) -> Table:
-    """Keys of the official head, below `decode_head.`."""
+def table(config: VWFormerConfig | VWPixelsConfig) -> Table:
+    """Keys of the official head, below `decode_head.`, or of a pixel decoder."""
+    if isinstance(config, VWPixelsConfig):
+        return pixels_table(config)
     rows: list[AnyRow] = weight_rows("head", "conv_seg", conv)
 
     def block(ours: str, theirs: str) -> None:
@@ -321,6 +316,12 @@ def city(widths: tuple[int, ...], **changes: Any) -> VWFormerConfig:
 VARIANTS = {
     **{f"vwformer_{size}": VWFormerConfig(widths) for size, widths in _WIDTHS.items()},
     **{f"vwformer_{size}.city": city(widths) for size, widths in _WIDTHS.items()},
+    # Pixel decoders, on the channels of Swin.
+    **{f"vwformer_{size}.maskformer": VWPixelsConfig(widths) for size, widths in _WIDTHS.items()},
+    **{
+        f"vwformer_{size}.mask2former": VWPixelsConfig(widths, skip=False, scales=True)
+        for size, widths in _WIDTHS.items()
+    },
     "vwformer_tiny": VWFormerConfig(
         (4, 6, 8, 10), width=16, num_classes=3, ratios=(2, 4), detail=4, image_size=128
     ),
