@@ -4,8 +4,8 @@ The forward pass of eight pictures in float32 on the CPU, with the same weights:
 windows (Swin), a network in the manner of ConvNeXt (InceptionNeXt), a hybrid of convolution and
 attention (ViTamin), and two branches (CrossViT). Ours and timm's eager modules take turns on the
 same machine, with as many threads as there are cores; a ratio above 1 says that ours is faster.
-Beside it stands how long XLA takes to compile the program. Needs what the tests need: `./run test
---version` installs it.
+Beside it stands how long XLA takes to compile the program, and with `--compile` the same of every
+backbone, in a large size. Needs what the tests need: `./run test --version` installs it.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +42,42 @@ MODELS = {
         )
     },
 }
+
+LARGE = (
+    "swin_l",
+    "t2t_vit_24",
+    "crossvit_18_dagger_408",
+    "vit_resnas_m",
+    "vir_l16",
+    "smt_l",
+    "illama_l",
+    "vitamin_l",
+    "inceptionnext_b",
+    "deepmad_89m",
+    "regnetz_4gf_h",
+    "fastvlm_encoder",
+    "lm4visual_b16",
+    "meta_transformer_l14",
+)
+"""A large model of every backbone."""
+
+
+def compilation(name: str, batch: int) -> dict[str, float]:
+    """Seconds until XLA has the program of a model's forward pass, and those that it takes then."""
+    settings = config(name)
+    model, inputs = settings.build(), settings.inputs(batch)
+    variables = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), inputs))
+    forward = jax.jit(
+        lambda *args: jax.tree.leaves(model.apply(*args)), compiler_options=compiler_options()
+    )
+    start = time.perf_counter()
+    lowered = forward.lower(variables, inputs)
+    traced = time.perf_counter()
+    lowered.compile()
+    return {
+        "trace_seconds": round(traced - start, 2),
+        "compile_seconds": round(time.perf_counter() - traced, 2),
+    }
 
 
 def contest(original: str, side: int | None, batch: int, rounds: int) -> dict[str, Any]:
@@ -97,12 +134,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--side", type=int, help="of the pictures; by default the model's own")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="every backbone, too")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     found: dict[str, Any] = {**machine(jax, torch, timm), "dtype": "float32", "batch": args.batch}
     for name in args.names:
         found[name] = contest(name, args.side, args.batch, args.rounds)
+    if args.compile:
+        found["backbones"] = {name: compilation(name, args.batch) for name in LARGE}
     report(found, args.out)
 
 

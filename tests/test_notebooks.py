@@ -46,11 +46,10 @@ MODEL, WORK = None, "run"
 
 import tests.live.reference  # declares what a torchvision for the CPU lacks
 """,
-    "03_matryoshka_budgets.ipynb": PLAIN + FEW,
+    "03_matryoshka_budgets.ipynb": FEW,
     "04_mixture_of_depths.ipynb": FEW,
     "05_deepstack.ipynb": FEW,
-    "06_shard_and_plan.ipynb": PLAIN
-    + """
+    "06_shard_and_plan.ipynb": """
 STEPS, OUT, DEPTH, TOPOLOGY = 2, "run", 1, "cpu:8"
 MESHES = {"one copy each": {"data": 8}, "divided": {"data": 2, "fsdp": 2, "tensor": 2}}
 
@@ -111,7 +110,7 @@ def test_execution(path, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     notebook = nbformat.read(path, as_version=4)
     (parameters,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", ())]
-    parameters.source = TINY[path.name]
+    parameters.source = PLAIN + TINY[path.name]
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
     shown = [

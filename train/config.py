@@ -78,7 +78,7 @@ class ProcessorConfig:
                 "makes them: want processor.source, or a policy that sees square crops"
             )
         rows = Rows(images, model.tower.grid, inputs["layout"].shape[1])
-        return Processor(image, tokenizer, length, 1, *crops, rows)
+        return Processor(image, tokenizer, length, 1, *crops, rows=rows)
 
     def read(self, folder: str | Path, model: ModelConfig) -> "Processor | Pictures | Chats":
         """What `build` has made, from the folder that it was saved to."""

@@ -1,8 +1,11 @@
 """ResNets against timm's, plain and with the blurred strides of FFCV's recipe."""
 
+import flax.linen as nn
+import jax
+import numpy as np
 import pytest
 
-from tests.live.reference import redraw, timm, torch
+from tests.live.reference import close, redraw, state_of, timm, torch
 from tests.live.test_regnet import running, shapes
 from tests.live.test_vision import assert_same
 from zoo.models.core.registry import config
@@ -36,10 +39,8 @@ def blurred(model):
     return model
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("blurpool", [False, True])
-def test_a_small_one_gives_the_same(blurpool):
-    """Logits, gradients and statistics, in evaluation and in training."""
+def small(blurpool):
+    """A small one of timm's, ours, and the keys."""
     theirs = timm.models.resnet.ResNet(
         timm.models.resnet.Bottleneck, DEPTHS, num_classes=7, channels=(4, 8, 12, 16)
     )
@@ -47,7 +48,32 @@ def test_a_small_one_gives_the_same(blurpool):
     tower = ResNetConfig(64, DEPTHS, (16, 32, 48, 64), blurpool=blurpool)
     ours = ClassifierConfig(tower, pool="mean", num_classes=7)
     table = (resnet_table(tower).under("tower") + head_table(ours, head="fc")).with_stats()
-    assert_same(theirs, ours, table, (96, 64), 2e-3)
+    return theirs, ours, table
+
+
+@pytest.mark.slow
+def test_a_blurred_one_gives_the_same():
+    """Logits, gradients and statistics, in evaluation and in training."""
+    assert_same(*small(True), (96, 64), 2e-3)
+
+
+@pytest.mark.slow
+def test_a_plain_one_gives_the_same():
+    """Logits in evaluation and in training, and statistics."""
+    theirs, ours, table = small(False)
+    variables = table.load(state_of(theirs), shapes(ours))
+    pixels = np.random.default_rng(0).normal(size=(2, 96, 64, 3)).astype(np.float32)
+    outer, model = torch.from_numpy(pixels.transpose(0, 3, 1, 2)), ours.build()
+    with torch.no_grad():
+        want, trained = theirs(outer), theirs.train()(outer)
+    close(jax.jit(model.apply)(variables, {"pixels": pixels}).logits, want)
+    step = jax.jit(lambda v, x: model.apply(v, {"pixels": x}, train=True, mutable=["stats"]))
+    out, changed = step(variables, pixels)
+    close(out.logits, trained, what="in training")
+    back, after = table.save({**variables, "stats": nn.unbox(changed["stats"])}), state_of(theirs)
+    assert set(back) == {key for key in after if "num_batches" not in key}
+    for key, array in back.items():
+        close(array, after[key], what=key)
 
 
 @pytest.mark.parametrize("name", ["mrl_resnet50", "mrl_resnet50.efficient"])

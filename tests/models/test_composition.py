@@ -4,7 +4,9 @@ What each of them promises alone, in its own tests, must hold for all of them to
 """
 
 import dataclasses
+import functools
 import itertools
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,7 +20,7 @@ from flax import struct
 import zoo
 from tests.models import toy
 from tests.models.draw import draw
-from zoo.models.connectors.deepstack import DeepStack
+from zoo.models.connectors.deepstack import DeepStack, Levels
 from zoo.models.connectors.mqt import MQT
 from zoo.models.core import registry
 from zoo.models.core.config import with_dtype
@@ -290,6 +292,30 @@ def test_every_base_takes_every_policy(slug):
         want = trace(dataclasses.replace(config, policies=policies))
         assert {path: want[path] for path in have} == have
         assert {path[3] for path in want.keys() - have.keys()} == {added}
+
+
+ALONE = {"yopo", "zipvl"}  # run the halves of every layer themselves
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("method", registry.reducers())
+def test_every_reducer_takes_policies(method):
+    """Traced at tiny size. One that merges tokens, or drops them before a tap, says so."""
+    base, taps = TINY["llava"], DeepStack(0, 1, 1, Levels((1,)))
+    made = functools.partial(registry.config, base, reducer=method, keep=0.5)
+    depth = {"decoder.depth": 6}
+    if method in ALONE:
+        with pytest.raises(ValueError, match=r"splits? the layer"):
+            made(policies=(TRIED["p_mod"], taps), **depth)
+        return
+    try:
+        config = made(policies=(TRIED["p_mod"], taps), **depth)
+    except ValueError as error:
+        if not re.search("with a policy that makes taps|drops some for good", str(error)):
+            raise
+        config = made(policies=(TRIED["p_mod"],), **depth)
+    found = {path[:4] for path in trace(config)}
+    assert ("decoder", "stack", "layers", "router") in found
 
 
 # What does not go together

@@ -422,6 +422,24 @@ def test_settings_that_are_not_understood_are_refused(change, message):
         views_of({"image_processor_type": "CLIPImageProcessor", **change})
 
 
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("generation_config.json", {"eos_token_id": "x"}),
+        ("preprocessor_config.json", {"crop_size": {"height": [], "width": 28}}),
+        ("preprocessor_config.json", {"rescale_factor": "x"}),
+        ("tokenizer_config.json", {"model_max_length": "long"}),
+        ("tokenizer_config.json", {"extra_special_tokens": -1}),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(tmp_path, file, change):
+    path = write_checkpoint(tmp_path) / file
+    values = json.loads(path.read_text()) if path.exists() else {}
+    write(path, values | change)
+    with pytest.raises(ZooError, match="a value that means nothing"):
+        load_processor(tmp_path, LLAVA)
+
+
 def test_a_checkpoint_without_settings_is_refused(tmp_path):
     with pytest.raises(ZooError, match="does not say how pictures are prepared"):
         read_views(tmp_path)

@@ -84,7 +84,7 @@ def test_what_is_computed_twice_counts_twice_but_is_no_use():
         mesh = make_mesh(experiment.mesh, jax.devices("cpu")[:devices])
         return program_flops(traced_step(experiment, mesh)[1].jaxpr)
 
-    model = llava.VARIANTS["llava_tiny"]
+    model = dataclasses.replace(llava.VARIANTS["llava_tiny"], text_tokens=25)
     plain = tiny(model=model, objective=NextToken())
     twice = tiny(
         model=with_field(model, "remat", "full"), objective=NextToken(chunk=8), accumulate=2

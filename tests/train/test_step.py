@@ -7,11 +7,12 @@ import numpy as np
 import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.train.tiny import TinyConfig, TinyModel, tiny
 from zoo.models.core.errors import UsageError
 from zoo.models.core.names import spec_for
+from zoo.models.parts.layers.embed import Embed
 from zoo.train.config import Faults
 from zoo.train.mesh import MeshConfig, batch_sharding, check_batch_size, make_mesh, put_batch
 from zoo.train.objectives import Mean, NextToken
@@ -340,6 +341,27 @@ def test_each_device_computes_the_logits_of_its_own_tokens(sizes):
     assert sent == more
     between = {axes: n for (_, axes), n in sent.items() if "tensor" not in axes}
     assert sum(between.values()) < 2 * 3 * table.nbytes + 1024
+
+
+def test_a_table_comes_to_the_words_of_each_device():
+    rng = np.random.default_rng(0)
+    params = {"embedding": rng.standard_normal((64, 8)).astype(np.float32)}
+    ids = rng.integers(0, 64, (8, 96))
+
+    def loss(params, ids):
+        return jnp.sin(Embed(64, 8).apply({"params": params}, ids)).sum()
+
+    step = jax.value_and_grad(loss)
+    wanted = jax.jit(step)(params, ids)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    with jax.set_mesh(mesh):
+        lies = {"embedding": NamedSharding(mesh, PartitionSpec("fsdp"))}, batch_sharding(mesh)
+        compiled = jax.jit(step, in_shardings=lies).lower(params, ids).compile()
+        found = compiled(params, ids)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), found, wanted)
+    # It and its gradient are sent, and none of what is looked up, twelve times as much.
+    sent = sum(traffic(compiled.as_text(), dict(mesh.shape)).values())
+    assert sent < 3 * params["embedding"].nbytes + 64
 
 
 def test_the_z_loss_is_that_of_the_normaliser(reporting):

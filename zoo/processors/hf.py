@@ -393,7 +393,13 @@ def load_processor(folder: str | Path, config: ModelConfig) -> AnyProcessor:
       ZooError: a file is missing or damaged, or does not fit the model.
       UsageError: a file asks for something that this code does not do.
     """
-    return _make(config, Path(folder))
+    try:
+        return _make(config, Path(folder))
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        raise ZooError(
+            f"{folder}: a file of the tokenizer or the image processor has a value that means "
+            f"nothing ({type(error).__name__}: {error})"
+        ) from error
 
 
 @_make.register

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zoo.models.core.names import shard
 from zoo.models.core.types import Array
 from zoo.models.parts.layers.linear import fan_in_init
 from zoo.models.parts.layers.operands import contract
@@ -25,8 +26,15 @@ class Embed(nn.Module):
         self.embedding = self.param("embedding", init, (self.vocab_size, self.width))
 
     def __call__(self, ids: Array) -> Array:
-        """Rows of the table: [...] int -> [..., D]."""
-        return jnp.take(self.embedding, ids, axis=0)
+        """Rows of the table: [...] int -> [..., D].
+
+        Where a mesh divides the table, and there are more ids than rows, every device gets all of
+        it: that is less to send than what each part of the table has for the ids of all devices.
+        """
+        table = self.embedding
+        if ids.size > self.vocab_size:
+            table = shard(table, None, None)
+        return jnp.take(table, ids, axis=0)
 
     def attend(self, x: Array) -> Array:
         """Logits of a tied head: [..., D] -> [..., V]."""
