@@ -32,6 +32,7 @@ def two_stages(
     objective: NextToken = NextToken(),  # noqa: B008 (frozen)
     epochs: int = 1,
     tokens: int = 2048,
+    pad: bool = True,
 ) -> Recipe:
     """Alignment of the connector with captions, then instruction tuning of it and the decoder.
 
@@ -46,6 +47,7 @@ def two_stages(
       objective: of the second stage.
       epochs: of the second stage.
       tokens: the longest sequence, vision tokens included.
+      pad: whether pictures that are not square are padded; else their middle is cut out.
     """
     decoder = Start(DECODER, below="decoder", into="decoder")
     tower = Start(TOWER, below="vision", into="tower")
@@ -60,7 +62,7 @@ def two_stages(
         start=(decoder, tower),
         fresh=("connector/.*",),
         parts=(Part("(tower|decoder)/.*", frozen=True), Part("connector/.*")),
-        processor=ProcessorConfig(source=WORDS),
+        processor=ProcessorConfig(source=WORDS, pad=pad),
         optim=_optim(1e-3, CAPTIONS // 256),
         mesh=MeshConfig(data=1, fsdp=-1),
         save_every=500,

@@ -10,4 +10,5 @@ from zoo.train.config import Recipe
 
 def config() -> Recipe:
     """The recipe."""
-    return two_stages("deepstack_llava", VARIANTS["deepstack_l_vicuna_7b"])
+    # Crops are those of the picture itself, not of a square around it.
+    return two_stages("deepstack_llava", VARIANTS["deepstack_l_vicuna_7b"], pad=False)

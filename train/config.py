@@ -1,7 +1,7 @@
 """One experiment: everything that decides what a run computes; and several in a row."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +28,9 @@ class ProcessorConfig:
 
     Attributes:
       source: a checkpoint of the Hugging Face layout, a folder or a name on the hub, whose chat
-        template, tokenizer and way to see pictures are used, in place of all that follows.
+        template, tokenizer and way to see pictures are used, in place of what follows but `pad`.
+      pad: of such a checkpoint that sees a picture as one square: the picture is set in a square of
+        the mean colour first, as LLaVA is trained, where its settings would cut out the middle.
       tokenizer: a `tokenizer.json`; None takes that of the model that training starts from, and
         trains one on the texts of the data set where there is none.
       vocab_size: the most tokens of a tokenizer that is trained here.
@@ -36,6 +38,7 @@ class ProcessorConfig:
     """
 
     source: str | None = None
+    pad: bool = False
     tokenizer: str | None = None
     vocab_size: int = 512
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -54,7 +57,7 @@ class ProcessorConfig:
           known: the tokenizer of the model that training starts from.
         """
         if self.source is not None:
-            return _chats(self.source, model)
+            return _chats(self.source, model, self.pad)
         inputs = model.inputs(1)
         pixels = inputs["pixels"].shape
         size = pixels[-2]
@@ -83,17 +86,22 @@ class ProcessorConfig:
     def read(self, folder: str | Path, model: ModelConfig) -> "Processor | Pictures | Chats":
         """What `build` has made, from the folder that it was saved to."""
         if self.source is not None:
-            return _chats(folder, model)
+            return _chats(folder, model, self.pad)
         return (Processor if "ids" in model.inputs(1) else Pictures).load(folder)
 
 
-def _chats(source: str | Path, model: ModelConfig) -> "Chats":
+def _chats(source: str | Path, model: ModelConfig, pad: bool) -> "Chats":
     from zoo.train.data.captions import Captions  # few need them, and they take a while to import
     from zoo.train.data.chats import Chats
 
     inputs = model.inputs(1)
     pairs = {"pixels", "ids"} <= inputs.keys() and "labels" not in inputs
-    return (Captions if pairs else Chats).load(source, model)
+    if pairs:
+        if pad:
+            raise UsageError("processor.pad is for models that answer: leave it out")
+        return Captions.load(source, model)
+    chats = Chats.load(source, model)
+    return replace(chats, processor=chats.processor.padded()) if pad else chats
 
 
 @dataclass(frozen=True)

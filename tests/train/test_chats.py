@@ -98,6 +98,23 @@ def test_a_checkpoint_without_a_template_is_refused(tmp_path):
         Chats.load(folder, LLAVA)
 
 
+def test_pictures_are_padded_where_it_is_asked_for_and_a_run_keeps_that(source, tmp_path):
+    config = replace(LLAVA, text_tokens=96)
+    wide = np.full((20, 60, 3), 255, np.uint8)
+    record = {"image": wide, "conversations": (("what <image>?", "a boat"),)}
+    cropped = Chats.load(source, config).encode(record)["pixels"][0]
+    assert (cropped == cropped[0, 0]).all()  # the white middle
+    setting = ProcessorConfig(source=str(source), pad=True)
+    padded = setting.build(config, None)
+    seen = padded.encode(record)["pixels"][0]
+    third = len(seen) // 3
+    np.testing.assert_allclose(seen[: third - 1], 0, atol=0.02)  # of the mean colour
+    np.testing.assert_allclose(seen[third + 2], np.broadcast_to(cropped[0, 0], seen[0].shape), 0.1)
+    padded.save(tmp_path)
+    kept = Chats.load(tmp_path, config)  # without being asked again
+    np.testing.assert_array_equal(kept.encode(record)["pixels"][0], seen)
+
+
 def test_a_run_keeps_it_and_its_model_is_asked_in_the_same_words(source, tmp_path):
     config = replace(LLAVA, text_tokens=96)
     experiment = tiny(model=config, processor=ProcessorConfig(source=str(source)))

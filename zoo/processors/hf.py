@@ -159,11 +159,31 @@ class HubProcessor:
         """The id that stands in padding, which nothing reads."""
         return next((i for i in (self.tokenizer.pad, *self.stop_ids) if i is not None), 0)
 
+    def padded(self) -> "HubProcessor":
+        """The same, but pictures are set in a square of the mean colour before all else, where it
+        would cut out their middle.
+
+        Raises:
+          UsageError: a picture is not one tile here.
+        """
+        views = getattr(self.vision, "views", None)
+        if not isinstance(views, Single):
+            raise UsageError(f"{self.folder} does not see a picture as one square: nothing to pad")
+        views = replace(views, pipeline=replace(views.pipeline, square=True))
+        return replace(self, vision=replace(self.vision, views=views))  # type: ignore[type-var]
+
+    @property
+    def _in_squares(self) -> bool:
+        views = getattr(self.vision, "views", None)
+        return isinstance(views, Single) and views.pipeline.square
+
     def save(self, folder: str | Path) -> None:
         """Write all that `load_processor` needs into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         _save_settings(self.folder, folder)
+        if self._in_squares:
+            _say_squares(folder)
         self.tokenizer.save(folder)
         if self.template is not None:
             (folder / "chat_template.jinja").write_text(self.template.source, "utf-8")
@@ -584,3 +604,13 @@ def _save_settings(source: Path, folder: Path) -> None:
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (source / name).is_file() and source.resolve() != folder.resolve():
             shutil.copyfile(source / name, folder / name)
+
+
+def _say_squares(folder: Path) -> None:
+    """Let the settings in `folder` say that pictures are set in squares, as LLaVA's class reads."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        values = read_json(folder / name)
+        fields = values if name.startswith("pre") else values.get("image_processor")
+        if fields and not fields.get("do_pad"):
+            fields |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+            (folder / name).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
