@@ -295,8 +295,8 @@ class Experiment:
             raise UsageError(f"average is {self.average}: want a decay between 0 and 1, or None")
         if self.objective.whole_batch and self.accumulate > 1:
             raise UsageError(
-                f"accumulate is {self.accumulate}: {type(self.objective).__name__} compares the "
-                "examples of a whole batch with one another: want 1"
+                f"accumulate is {self.accumulate}: {type(self.objective).__name__} reads batches "
+                "as a whole, and cannot take them in parts: want 1"
             )
         if self.batch_size % self.accumulate:
             raise UsageError(

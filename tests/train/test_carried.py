@@ -176,5 +176,5 @@ def test_what_compares_a_whole_batch_is_not_cut():
     class Comparing(Remembering):
         whole_batch = True
 
-    with pytest.raises(UsageError, match="accumulate is 2: Comparing compares the examples"):
+    with pytest.raises(UsageError, match="accumulate is 2: Comparing reads batches as a whole"):
         tiny(objective=Comparing(), accumulate=2)

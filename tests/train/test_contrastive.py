@@ -185,7 +185,7 @@ def test_wrong_use_is_refused():
         Contrastive(groups=0)
     with pytest.raises(UsageError, match="max_scale"):
         Contrastive(max_scale=0.0)
-    with pytest.raises(UsageError, match="compares the examples of a whole batch"):
+    with pytest.raises(UsageError, match="reads batches as a whole"):
         tiny(objective=Contrastive(), accumulate=2)
     model = TinyConfig().build()
     params = nn.unbox(abstract_params(TinyConfig()))

@@ -42,7 +42,7 @@ def test_steps_are_counted():
     objective = Fading("help", 3, "linear", Told())
     aux, told = objective.init(None, {}, {}), []
     for _ in range(5):
-        terms, _, carried = objective.loss(None, {}, aux, {}, None, None)
+        terms, _, carried = objective.loss(None, {}, aux, {}, jax.random.key(0), None)
         told.append(float(terms["loss"].value))
         aux = carried["aux"]
     assert told == [1, 0.5, 0, 0, 0] and aux == {"own": 5, "fading_step": 5}
