@@ -12,6 +12,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from zoo.models.core.compiled import quick_options
 from zoo.models.core.errors import UsageError
 from zoo.models.core.names import tree_shardings
 from zoo.models.core.types import Batch
@@ -261,9 +262,8 @@ def initial_state(
         )
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    # It runs once: on a CPU, optimising the many small random draws takes longer than drawing.
-    quick = {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else None
-    run = jax.jit(init, out_shardings=shardings, compiler_options=quick, donate_argnums=(1, 3))
+    options = quick_options()
+    run = jax.jit(init, out_shardings=shardings, compiler_options=options, donate_argnums=(1, 3))
     return run(np.uint32(seed % 2**32), start, stats, loaded)
 
 

@@ -29,6 +29,13 @@ def compiler_options() -> dict[str, str]:
     return wanted
 
 
+def quick_options() -> dict[str, str]:
+    """The same for programs that run once: on a CPU, compiling them takes longer than running, and
+    nothing is optimised.
+    """
+    return {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else {}
+
+
 def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """`jax.jit` with `compiler_options`, also as a decorator of a module's functions; what it
     returns has `eval_shape` too.

@@ -139,21 +139,20 @@ GMACS = {
 }
 
 
-@pytest.mark.parametrize("name", COUNTS)
+def one_of_each(names):
+    """Of each system the first; the other sizes are `thorough`."""
+    first = {name.split("_")[0]: name for name in reversed(names)}.values()
+    return [pytest.param(n, marks=() if n in first else pytest.mark.thorough) for n in names]
+
+
+@pytest.mark.parametrize("name", one_of_each(list(COUNTS)))
 def test_parameters(name):
     config = registry.config(name)
     made = jax.eval_shape(config.build().init, jax.random.key(0), config.inputs(1))
     assert sum(leaf.size for leaf in jax.tree.leaves(made["params"])) == COUNTS[name]
 
 
-FIRST = {name.split("_")[0]: name for name in reversed(GMACS)}
-"""One of each system; the other sizes are `thorough`."""
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n in FIRST.values() else pytest.mark.thorough) for n in GMACS],
-)
+@pytest.mark.parametrize("name", one_of_each(list(GMACS)))
 def test_flops(name):
     """Within 1 % of what is published."""
     found = cost(name).flops["encode"].total / 2e9

@@ -12,7 +12,17 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 CASES = sorted(GOLDENS.glob("*/*.npz"))
 
 
-@pytest.mark.parametrize("path", CASES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def _again(path):
+    """Whether another case says the same at other sizes: `b` beside `a`."""
+    stem = path.stem
+    return stem[-2:] in ("b", "_b") and path.with_stem(f"{stem[:-1]}a") in CASES
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=pytest.mark.thorough if _again(p) else ()) for p in CASES],
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
 def test_parity(path):
     case = load_case(path)
     got = importlib.import_module(f"tests.parity.{case.slug}").run(case)

@@ -29,6 +29,7 @@ import numpy as np
 from zoo.costing import cost
 from zoo.generate.text import whole
 from zoo.loaded import Loaded
+from zoo.models.core.compiled import quick_options
 from zoo.models.core.errors import UsageError
 from zoo.models.core.types import IMAGE, Array, Batch, Reserve
 from zoo.train.bench.pages import table
@@ -198,7 +199,7 @@ def _measured(
 def tokens_per_layer(model: Loaded, batch: Batch) -> list[float]:
     """The vision tokens that every layer of the decoder runs, on the mean of a batch."""
 
-    @functools.partial(jax.jit)
+    @functools.partial(jax.jit, compiler_options=quick_options())
     def count(params: Any, batch: Batch) -> Any:
         return model.model.apply({"params": params}, batch, method=_counts)
 
